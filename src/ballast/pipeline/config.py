@@ -1,0 +1,245 @@
+"""The configuration of a run: one frozen pydantic model a component, unknown keys refused.
+
+Parsing needs neither torch nor vLLM, so a mistake is answered in under a second. A key's default is the
+vetted setting; a required key has none. `config_loading` reads YAML files and dotted overrides into these.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from ballast.guardrails.heads.embedded import EmbeddedOptions
+from ballast.guardrails.ngram import NgramOptions
+from ballast.guardrails.families.prompted import PromptedOptions
+from ballast.guardrails.registry import PluginOptions
+from ballast.guardrails.rules import RulesOptions
+from ballast.guardrails.segments import SegmentOptions
+
+Kind = Literal["harmful", "scary", "ordinary"]
+
+GuardOptions = Annotated[
+    EmbeddedOptions | NgramOptions | PromptedOptions | RulesOptions | PluginOptions, Field(discriminator="type")
+]
+
+
+class Component(BaseModel):
+    """Base of every part of a configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Component):
+    """The policy, as it is before this run."""
+
+    name: str = Field(description="`embedded:smollm2-135m`, a local model folder, or a hub id")
+    revision: str | None = Field(None, description="commit or tag of a hub id; None takes its default branch")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="precision of the weights in training")
+
+
+class PromptingConfig(Component):
+    """The prompt that surrounds every request, the same in training, evaluation and serving."""
+
+    system_prompt: str | None = Field(
+        None, description="system message of every conversation; None leaves it to the chat template's own default"
+    )
+
+
+class DataConfig(Component):
+    """Prompts to train and to measure on. Train and test must not share a prompt.
+
+    A source is `shipped` (or `shipped:harmful`, `shipped:ordinary,scary`), a json, jsonl, csv or parquet file, or
+    a hub id with `:split` behind it.
+    """
+
+    train: tuple[str, ...] = Field(("shipped",), min_length=1, description="sources of training prompts")
+    test: tuple[str, ...] = Field(("shipped",), min_length=1, description="sources of the held-out prompts")
+    prompt_column: str = Field("prompt", description="column of the request, in files and hub data sets")
+    response_column: str = Field("response", description="column of the answer to imitate, read by `align` alone")
+    kind_column: str = Field("kind", description="column that says harmful, scary or ordinary")
+    kind: Kind | None = Field(None, description="kind of the rows of a source that has no kind column")
+    max_train: PositiveInt | None = Field(None, description="keep at most this many training prompts, drawn by the seed")
+    max_test: PositiveInt | None = Field(None, description="keep at most this many test prompts, drawn by the seed")
+
+
+class SamplingConfig(Component):
+    """How completions are sampled."""
+
+    max_new_tokens: PositiveInt = Field(64, description="tokens after which an answer is cut off")
+    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy decoding")
+
+
+class VLLMGeneration(Component):
+    """Generation by vLLM inside this process, on a GPU or on the CPU."""
+
+    type: Literal["vllm"] = "vllm"
+    max_model_len: PositiveInt = Field(1024, description="longest prompt plus completion, in tokens")
+    enforce_eager: bool = Field(True, description="true starts in seconds; false compiles for a minute, then runs faster")
+    gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="share of the GPU that vLLM may take beside the trainer")
+    cpu_kv_cache_gib: PositiveInt = Field(1, description="size of the KV cache on a CPU, in GiB")
+    max_num_seqs: PositiveInt = Field(64, description="completions that are written at the same time")
+
+
+class TransformersGeneration(Component):
+    """Generation by transformers: slower, for models that vLLM lacks and for exact resume on a CPU."""
+
+    type: Literal["transformers"] = "transformers"
+    batch_size: PositiveInt = Field(16, description="completions that are written at the same time")
+
+
+GenerationConfig = Annotated[VLLMGeneration | TransformersGeneration, Field(discriminator="type")]
+
+
+class LoraConfig(Component):
+    """The adapter that is trained. Its reference is the model with the adapter switched off."""
+
+    r: PositiveInt = Field(16, description="rank")
+    alpha: PositiveInt = Field(32, description="scale: the update is alpha / r * B A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="modules that get an adapter")
+
+
+class AlignConfig(Component):
+    """A warm start before GRPO: LoRA SFT on answers, merged into a model folder of its own.
+
+    Every reference and every later adapter starts at that folder.
+    """
+
+    enabled: bool = Field(True, description="false goes straight to GRPO from the start model")
+    data: tuple[str, ...] = Field(("shipped",), min_length=1, description="sources of prompts with answers")
+    epochs: PositiveFloat = Field(1.0, description="passes over the rows; a fraction is allowed")
+    max_rows: PositiveInt | None = Field(None, description="use at most this many rows, drawn by the seed")
+    learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate, linear decay")
+    batch_size: PositiveInt = Field(8, description="rows per optimizer step")
+    max_length: PositiveInt = Field(256, description="tokens of prompt and answer; longer rows are cut")
+    lora: LoraConfig = LoraConfig()
+
+
+class DropShaping(Component):
+    """Charge a rise in risk to the segment in which it happens; never praise."""
+
+    weight: NonNegativeFloat = Field(1.0, description="0 switches the term off")
+    slack: float = Field(0.05, ge=0, lt=1, description="a fall of STAR below this counts as noise")
+    std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that drops are divided by")
+
+
+class GateShaping(Component):
+    """Scale a positive advantage down where the text has become unsafe."""
+
+    enabled: bool = Field(True, description="false leaves the reward's advantage the same at every token")
+    tau: float = Field(0.5, ge=0, lt=1, description="STAR at and below which no positive advantage is left")
+
+
+class ShapingConfig(Component):
+    """Dynamic Safety Shaping: how segment scores become per-token advantages."""
+
+    drop: DropShaping = DropShaping()
+    gate: GateShaping = GateShaping()
+    clean_trace: bool = Field(True, description="debounce, then running minimum, so that a safe ending cannot undo harm")
+
+
+class RewardConfig(Component):
+    """Weights of the terms that are normalised by group, each on its own, and then added."""
+
+    star: NonNegativeFloat = Field(1.0, description="lowest cleaned STAR of an answer to a harmful prompt")
+    refusal: NonNegativeFloat = Field(1.0, description="decline harmful requests, answer the others")
+    coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
+    std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that a reward is divided by")
+
+    @model_validator(mode="after")
+    def _refusing_everything_must_not_win(self) -> Self:
+        if self.star > 0 and self.refusal == 0:
+            raise ValueError(
+                "rewards.refusal = 0 with rewards.star > 0 lets a policy win by refusing everything; "
+                "set rewards.refusal above 0, or rewards.star to 0"
+            )
+        return self
+
+
+class TrainConfig(Component):
+    """GRPO by TRL with shaped advantages and a LoRA."""
+
+    steps: PositiveInt = Field(30, description="optimizer steps")
+    prompts_per_step: PositiveInt = Field(4, description="different prompts in a step")
+    group_size: int = Field(8, ge=2, description="completions of each prompt; the group is the baseline")
+    micro_batch_size: PositiveInt = Field(16, description="completions per forward and backward pass")
+    learning_rate: PositiveFloat = Field(1e-4, description="peak learning rate")
+    warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up; the rate is constant afterwards")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradient norm above which gradients are scaled down")
+    beta: NonNegativeFloat = Field(0.0, description="KL to the reference in TRL's loss; 0 computes no reference")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = Field(
+        "dapo", description="TRL's policy loss; vespo and luspo are wrong with per-token advantages"
+    )
+    sampling: SamplingConfig = SamplingConfig()
+    lora: LoraConfig = LoraConfig()
+    max_unscored_share: float = Field(0.25, ge=0, le=1, description="share of unscored completions in a step that stops the run")
+    reward_functions: tuple[str, ...] = Field((), description="further rewards as `package.module:function`, weight 1 each")
+    report_to: tuple[str, ...] = Field((), description="passed on to TRL: wandb, tensorboard, ...; none by default")
+
+    @model_validator(mode="after")
+    def _batch_splits_evenly(self) -> Self:
+        rows = self.prompts_per_step * self.group_size
+        if rows % min(self.micro_batch_size, rows):
+            raise ValueError(
+                f"train.micro_batch_size = {self.micro_batch_size} does not divide prompts_per_step * group_size = {rows}; "
+                f"choose a divisor of {rows}"
+            )
+        return self
+
+
+class EvaluateConfig(Component):
+    """How a model is measured on the test prompts, the same before and after."""
+
+    samples: PositiveInt = Field(2, description="completions of each test prompt")
+    sampling: SamplingConfig = SamplingConfig()
+    threshold: float = Field(0.5, gt=0, lt=1, description="judge's risk at which an answer counts as unsafe")
+    interval: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
+
+
+class RolloutConfig(Component):
+    """Offline completions of the training prompts, for the stages `rollout` and `score`."""
+
+    samples: PositiveInt = Field(1, description="completions of each prompt")
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class RunConfig(Component):
+    """A whole run: what is trained, on what, under which guard, and how it is measured."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run, and of its folder in `out`")
+    out: str = Field("runs", description="folder that holds the run folders")
+    seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
+    model: ModelConfig
+    prompting: PromptingConfig = PromptingConfig()
+    data: DataConfig = DataConfig()
+    generation: GenerationConfig = VLLMGeneration()
+    guard: GuardOptions = Field(description="the guardrail that rewards")
+    judge: GuardOptions = Field(description="the guardrail that measures; never the one that rewards")
+    segments: SegmentOptions = SegmentOptions()
+    shaping: ShapingConfig = ShapingConfig()
+    rewards: RewardConfig = RewardConfig()
+    align: AlignConfig = AlignConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _judge_is_another_guard(self) -> Self:
+        if self.judge == self.guard:
+            raise ValueError(
+                f"judge and guard are the same ({self.guard.type}); a policy learns to please its guard, so measure "
+                "with another one: set judge.type to a different guard"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_fit_the_engine(self) -> Self:
+        if isinstance(self.generation, VLLMGeneration):
+            for key, sampling in (
+                ("train", self.train.sampling), ("evaluate", self.evaluate.sampling), ("rollout", self.rollout.sampling)
+            ):
+                if sampling.max_new_tokens >= self.generation.max_model_len:
+                    raise ValueError(
+                        f"{key}.sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt in "
+                        f"generation.max_model_len = {self.generation.max_model_len}; lower the one or raise the other"
+                    )
+        return self
