@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 # Words that make up about a third of running English and next to nothing of other languages. Left out on
 # purpose are those that Romance and Germanic languages spell alike: a, an, as, he, in, me, no, on, so, was, will.
-_FUNCTION_WORDS = frozenset(
-    """the of and to that is are it for with you your this be have from by can cannot not at but if they we his her
-    their which would there what when how has been were more one all my our them these those who where why than then
-    should could about into out up its it's don't can't i'm you're each or do does did make use any some other only
-    also""".split()
+_FUNCTION_WORDS_TEXT = (
+    "the of and to that is are it for with you your this be have from by can cannot not at but if they we his her "
+    "their which would there what when how has been were more one all my our them these those who where why than "
+    "then should could about into out up its it's don't can't i'm you're each or do does did make use any some "
+    "other only also "
 )
+_FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_TEXT.split())
 
 _MAX_REPEATED = 0.3  # share of the text that repeats earlier text; benign answers stay below about 0.15
 _MAX_FOREIGN = 0.3  # share of letters outside ASCII
@@ -32,8 +33,7 @@ _MIN_LETTERS = 8
 _MIN_WORDS = 20
 _MIN_WORDS_PRONOUNCEABLE = 8
 _MIN_VISIBLE = 40
-_MIN_RULER = re.compile(r"([-=_.*#|~+/])\1{2,}")
-_CHARACTER_RUN = 30
+_MIN_CHARACTER_RUN = 30
 _LONGEST_LOOP = 40  # words
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
