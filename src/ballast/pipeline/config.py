@@ -4,13 +4,22 @@ Parsing needs neither torch nor vLLM, so a mistake is answered in under a second
 vetted setting; a required key has none. `config_loading` reads YAML files and dotted overrides into these.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
+from ballast.guardrails.families.prompted import PromptedOptions
 from ballast.guardrails.heads.embedded import EmbeddedOptions
 from ballast.guardrails.ngram import NgramOptions
-from ballast.guardrails.families.prompted import PromptedOptions
 from ballast.guardrails.registry import PluginOptions
 from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
@@ -20,6 +29,14 @@ Kind = Literal["harmful", "scary", "ordinary"]
 GuardOptions = Annotated[
     EmbeddedOptions | NgramOptions | PromptedOptions | RulesOptions | PluginOptions, Field(discriminator="type")
 ]
+
+
+def _one_is_a_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+# A list of names, of which a single one may be written without brackets: `data.train=prompts.jsonl`.
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
 
 
 class Component(BaseModel):
@@ -51,13 +68,15 @@ class DataConfig(Component):
     a hub id with `:split` behind it.
     """
 
-    train: tuple[str, ...] = Field(("shipped",), min_length=1, description="sources of training prompts")
-    test: tuple[str, ...] = Field(("shipped",), min_length=1, description="sources of the held-out prompts")
+    train: Names = Field(("shipped",), min_length=1, description="sources of training prompts")
+    test: Names = Field(("shipped",), min_length=1, description="sources of the held-out prompts")
     prompt_column: str = Field("prompt", description="column of the request, in files and hub data sets")
     response_column: str = Field("response", description="column of the answer to imitate, read by `align` alone")
     kind_column: str = Field("kind", description="column that says harmful, scary or ordinary")
     kind: Kind | None = Field(None, description="kind of the rows of a source that has no kind column")
-    max_train: PositiveInt | None = Field(None, description="keep at most this many training prompts, drawn by the seed")
+    max_train: PositiveInt | None = Field(
+        None, description="keep at most this many training prompts, drawn by the seed"
+    )
     max_test: PositiveInt | None = Field(None, description="keep at most this many test prompts, drawn by the seed")
 
 
@@ -73,8 +92,12 @@ class VLLMGeneration(Component):
 
     type: Literal["vllm"] = "vllm"
     max_model_len: PositiveInt = Field(1024, description="longest prompt plus completion, in tokens")
-    enforce_eager: bool = Field(True, description="true starts in seconds; false compiles for a minute, then runs faster")
-    gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="share of the GPU that vLLM may take beside the trainer")
+    enforce_eager: bool = Field(
+        True, description="true starts in seconds; false compiles for a minute, then runs faster"
+    )
+    gpu_memory_utilization: float = Field(
+        0.3, gt=0, lt=1, description="share of the GPU that vLLM may take beside the trainer"
+    )
     cpu_kv_cache_gib: PositiveInt = Field(1, description="size of the KV cache on a CPU, in GiB")
     max_num_seqs: PositiveInt = Field(64, description="completions that are written at the same time")
 
@@ -95,7 +118,9 @@ class LoraConfig(Component):
     r: PositiveInt = Field(16, description="rank")
     alpha: PositiveInt = Field(32, description="scale: the update is alpha / r * B A")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="modules that get an adapter")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="modules that get an adapter"
+    )
 
 
 class AlignConfig(Component):
@@ -105,7 +130,7 @@ class AlignConfig(Component):
     """
 
     enabled: bool = Field(True, description="false goes straight to GRPO from the start model")
-    data: tuple[str, ...] = Field(("shipped",), min_length=1, description="sources of prompts with answers")
+    data: Names = Field(("shipped",), min_length=1, description="sources of prompts with answers")
     epochs: PositiveFloat = Field(1.0, description="passes over the rows; a fraction is allowed")
     max_rows: PositiveInt | None = Field(None, description="use at most this many rows, drawn by the seed")
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate, linear decay")
@@ -134,7 +159,9 @@ class ShapingConfig(Component):
 
     drop: DropShaping = DropShaping()
     gate: GateShaping = GateShaping()
-    clean_trace: bool = Field(True, description="debounce, then running minimum, so that a safe ending cannot undo harm")
+    clean_trace: bool = Field(
+        True, description="debounce, then running minimum, so that a safe ending cannot undo harm"
+    )
 
 
 class RewardConfig(Component):
@@ -171,9 +198,11 @@ class TrainConfig(Component):
     )
     sampling: SamplingConfig = SamplingConfig()
     lora: LoraConfig = LoraConfig()
-    max_unscored_share: float = Field(0.25, ge=0, le=1, description="share of unscored completions in a step that stops the run")
-    reward_functions: tuple[str, ...] = Field((), description="further rewards as `package.module:function`, weight 1 each")
-    report_to: tuple[str, ...] = Field((), description="passed on to TRL: wandb, tensorboard, ...; none by default")
+    max_unscored_share: float = Field(
+        0.25, ge=0, le=1, description="share of unscored completions in a step that stops the run"
+    )
+    reward_functions: Names = Field((), description="further rewards as `package.module:function`, weight 1 each")
+    report_to: Names = Field((), description="passed on to TRL: wandb, tensorboard, ...; none by default")
 
     @model_validator(mode="after")
     def _batch_splits_evenly(self) -> Self:
@@ -205,7 +234,9 @@ class RolloutConfig(Component):
 class RunConfig(Component):
     """A whole run: what is trained, on what, under which guard, and how it is measured."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run, and of its folder in `out`")
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run, and of its folder in `out`"
+    )
     out: str = Field("runs", description="folder that holds the run folders")
     seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
     model: ModelConfig
@@ -235,7 +266,9 @@ class RunConfig(Component):
     def _prompts_fit_the_engine(self) -> Self:
         if isinstance(self.generation, VLLMGeneration):
             for key, sampling in (
-                ("train", self.train.sampling), ("evaluate", self.evaluate.sampling), ("rollout", self.rollout.sampling)
+                ("train", self.train.sampling),
+                ("evaluate", self.evaluate.sampling),
+                ("rollout", self.rollout.sampling),
             ):
                 if sampling.max_new_tokens >= self.generation.max_model_len:
                     raise ValueError(

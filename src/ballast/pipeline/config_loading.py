@@ -1,0 +1,185 @@
+"""A YAML file and dotted overrides in, a checked `RunConfig` out.
+
+An override is `key.to.value=VALUE`. VALUE is read as YAML where it is a number, true, false, null, a quoted
+string, a [list] or a {mapping}; everything else is text, colons and hashes included. An override that
+changes the `type` of a component (`generation.type=transformers`) starts that component afresh: what the
+file said about the other type is dropped, and only the overrides apply, wherever they stand on the line.
+"""
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ballast.errors import ConfigError
+from ballast.pipeline.config import RunConfig
+from ballast.pipeline.config_problems import Problem, explain, report
+
+_SHIPPED = importlib.resources.files("ballast") / "configs"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file, or the bare name of a shipped one (`shipped_configs`).
+        overrides: `a.b=c`, applied over the file; the module's docstring says how they are read.
+
+    Raises:
+        ConfigError: there is no such file, it is not YAML, or it does not make a run; the message lists
+            every problem with its key, its value, the reason and what to write instead.
+    """
+    source, text = _read(path)
+    data = _parse(source, text)
+    assignments, problems = _split(overrides)
+    problems += _apply(data, assignments)
+    if problems:
+        raise ConfigError(report(source, problems))
+    _fill_default_types(data)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        given = {".".join(key) for key, _ in assignments}
+        # Without the cause: the panel and the traceback show our words alone.
+        raise ConfigError(report(source, explain(error, data, given))) from None
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations inside the package, as `load_config` takes them."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
+
+
+def config_hash(config: RunConfig) -> str:
+    """sha256 over every value of a configuration, defaults included; the order of keys does not matter."""
+    resolved = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(resolved.encode()).hexdigest()
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included; `load_config` reads it back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read(path: str | Path) -> tuple[str, str]:
+    """What to call the file in messages, and its text."""
+    file = Path(path).expanduser()
+    name = str(path)
+    try:
+        if not file.is_file() and name in shipped_configs():
+            return name, (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+        return name, file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        hint = f", or the name of a shipped one: {', '.join(shipped_configs())}"
+        raise ConfigError(
+            f"configuration '{name}': there is no such file; give the path of a YAML file{hint}"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"configuration '{name}' is a folder; give the path of a YAML file in it") from None
+    except PermissionError:
+        raise ConfigError(f"configuration '{name}' may not be read by this user; change its permissions") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration '{name}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a key that is written twice is an error; YAML itself would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key.value}' is written twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse(source: str, text: str) -> dict[str, Any]:
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"configuration '{source}' is not YAML{where}: {error.problem}; mend that line") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration '{source}' is not YAML: {error}; save it as plain text") from None
+    if data is None:
+        raise ConfigError(
+            f"configuration '{source}' is empty; start from a shipped one: ballast run demo --dry-run > {source}"
+        )
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"configuration '{source}' is a {type(data).__name__}, not a mapping; write lines of `key: value`"
+        )
+    return data
+
+
+def _value(text: str) -> Any:
+    """One override's value: YAML where it looks like YAML, text otherwise."""
+    text = text.strip()
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        return value if text[0] in "'\"" else text  # `a #b` is text, not a comment
+    if isinstance(value, (dict, list)):
+        return value if text[0] in "[{" else text  # `You are: kind` is text, not a mapping
+    return value if value is None or isinstance(value, (bool, int, float)) else text  # a date is text
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[tuple[tuple[str, ...], Any]], list[Problem]]:
+    assignments: list[tuple[tuple[str, ...], Any]] = []
+    problems = []
+    for text in overrides:
+        left, equals, right = text.partition("=")
+        key = tuple(part.strip() for part in left.split("."))
+        if equals and all(key):
+            assignments.append((key, _value(right)))
+        else:
+            problems.append(
+                Problem(f"override '{text}'", None, "not of the form key=value", "write it like train.steps=10")
+            )
+    return assignments, problems
+
+
+def _apply(data: dict[str, Any], assignments: Sequence[tuple[tuple[str, ...], Any]]) -> list[Problem]:
+    """Write the overrides into `data`; types first, outermost first, since a new type starts afresh."""
+    problems = []
+    for key, value in sorted(
+        assignments, key=lambda item: (item[0][-1] != "type", len(item[0]) if item[0][-1] == "type" else 0)
+    ):
+        *sections, leaf = key
+        place: Any = data
+        for depth, section in enumerate(sections, start=1):
+            if place.get(section) is None:  # absent, or a heading with nothing below it
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, Mapping):
+                name = ".".join(sections[:depth])
+                problems.append(
+                    Problem(
+                        ".".join(key), value, f"'{name}' is the value {place!r}, not a section", f"set {name} itself"
+                    )
+                )
+                break
+        else:
+            if leaf == "type" and place.get("type", value) != value:
+                place.clear()
+            place[leaf] = value
+    return problems
+
+
+def _fill_default_types(data: dict[str, Any]) -> None:
+    """Give a component its default type where only other keys of it are set."""
+    for name, field in RunConfig.model_fields.items():
+        section, default = data.get(name), getattr(field.default, "type", None)
+        if default is not None and isinstance(section, dict):
+            section.setdefault("type", default)

@@ -1,0 +1,27 @@
+"""Every configuration that is shipped makes a run."""
+
+from pathlib import Path
+
+import pytest
+
+from ballast.pipeline.config_loading import load_config, shipped_configs
+
+CONFIGS = Path(__file__).parents[2] / "src" / "ballast" / "configs"
+FILES = sorted(CONFIGS.iterdir())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_shipped_file_makes_a_run_of_its_own_name(path):
+    assert path.suffix == ".yaml", f"{path.name}: configs/ holds run configurations alone"
+    assert load_config(path, []).name == path.stem
+
+
+def test_every_shipped_file_is_found_by_its_bare_name():
+    assert shipped_configs() == [path.stem for path in FILES]
+    assert load_config("demo", []) == load_config(CONFIGS / "demo.yaml", [])
+
+
+def test_the_demo_needs_no_network():
+    config = load_config("demo", [])
+    assert config.model.name.startswith("embedded:")
+    assert all(source.startswith("shipped") for source in (*config.data.train, *config.data.test, *config.align.data))
