@@ -1,0 +1,144 @@
+"""From a name or options to a guardrail: built-ins in a literal dict, others by entry point.
+
+A package brings its own guard with an entry point of the group `ballast.guardrails`:
+
+    [project.entry-points."ballast.guardrails"]
+    my-guard = "my_package.guard:MyGuard"
+
+Whatever that names is called with the options of the configuration as keyword arguments and must return a
+`Guardrail`.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ballast.errors import ConfigError, GuardError
+from ballast.guardrails.types import Guardrail
+
+ENTRY_POINT_GROUP = "ballast.guardrails"
+
+# type -> the guard's class, constructed with its options; importing it loads no weights and no torch.
+BUILT_INS: dict[str, str] = {
+    "embedded": "ballast.guardrails.heads.embedded:EmbeddedGuard",
+    "ngram": "ballast.guardrails.ngram:NgramGuard",
+    "prompted": "ballast.guardrails.families.prompted:PromptedGuard",
+    "rules": "ballast.guardrails.rules:RulesGuard",
+}
+
+OPTIONS: dict[str, str] = {
+    "embedded": "ballast.guardrails.heads.embedded:EmbeddedOptions",
+    "ngram": "ballast.guardrails.ngram:NgramOptions",
+    "plugin": "ballast.guardrails.registry:PluginOptions",
+    "prompted": "ballast.guardrails.families.prompted:PromptedOptions",
+    "rules": "ballast.guardrails.rules:RulesOptions",
+}
+
+
+class PluginOptions(BaseModel):
+    """A guard that another package brings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["plugin"] = "plugin"
+    name: str = Field(description="name of its entry point in the group `ballast.guardrails`")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the guard, as its package documents them"
+    )
+
+
+def plugin_names() -> list[str]:
+    """Names of the guards that installed packages bring, sorted."""
+    return sorted({point.name for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)})
+
+
+def load_guardrail(what: BaseModel | Mapping[str, Any] | str, **overrides: Any) -> Guardrail:
+    """Build a guardrail.
+
+    Args:
+        what: an options model; a mapping with the key `type`; the type of a built-in guard; or the name of
+            an installed plug-in.
+        overrides: single options that replace those of `what`.
+
+    Returns:
+        The guard. Its weights are loaded at its first use.
+
+    Raises:
+        ConfigError: an unknown name, or options that do not fit the guard.
+        GuardError: a plug-in could not be loaded, or is no guardrail.
+    """
+    options = _options(what, overrides)
+    if isinstance(options, PluginOptions):
+        return _plugin(options)
+    guard: Guardrail = _imported(BUILT_INS[str(getattr(options, "type", ""))])(options)
+    return guard
+
+
+def _options(what: BaseModel | Mapping[str, Any] | str, overrides: Mapping[str, Any]) -> BaseModel:
+    if isinstance(what, BaseModel):
+        if not overrides and str(getattr(what, "type", "")) in OPTIONS:
+            return what
+        what = what.model_dump()
+    if isinstance(what, str):
+        if what not in BUILT_INS and what in plugin_names():
+            return PluginOptions(name=what, options=dict(overrides))
+        what = {"type": what}
+    settings = {**what, **overrides}
+    if "type" not in settings:
+        raise ConfigError(
+            f"a guardrail's options need the key 'type'; got the keys {sorted(settings)}; set type to one of {', '.join(OPTIONS)}"
+        )
+    name = str(settings["type"])
+    if name not in OPTIONS:
+        raise _unknown(name)
+    try:
+        options: BaseModel = _imported(OPTIONS[name]).model_validate(settings)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors(include_url=False)
+        )
+        raise ConfigError(f"guardrail '{name}': {problems}") from error
+    return options
+
+
+def _plugin(options: PluginOptions) -> Guardrail:
+    points = [p for p in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if p.name == options.name]
+    if not points:
+        raise _unknown(options.name)
+    if len(points) > 1:
+        raise ConfigError(
+            f"guardrail '{options.name}': {len(points)} packages bring one of this name ({', '.join(p.value for p in points)}); uninstall all but one"
+        )
+    try:
+        guard = points[0].load()(**options.options)
+    except (ImportError, AttributeError) as error:
+        raise GuardError(
+            f"guardrail '{options.name}': {points[0].value} could not be loaded ({error}); reinstall its package"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(
+            f"guardrail '{options.name}': {points[0].value} does not take these options ({error}); see its documentation"
+        ) from error
+    if not isinstance(guard, Guardrail):
+        raise GuardError(
+            f"guardrail '{options.name}': {points[0].value} made a {type(guard).__name__} without `name` or `assess`; its package must return a Guardrail"
+        )
+    return guard
+
+
+def _unknown(name: str) -> ConfigError:
+    known = [*BUILT_INS, *plugin_names()]
+    near = difflib.get_close_matches(name, known, n=1)
+    guess = f"; did you mean '{near[0]}'?" if near else ""
+    return ConfigError(
+        f"guardrail '{name}': no such guard, built in or installed{guess} Known: {', '.join(known)}. A package brings its own by an entry point of the group '{ENTRY_POINT_GROUP}'"
+    )
+
+
+def _imported(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
