@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from ballast.guardrails.registry import plugin_names
 from ballast.pipeline.config import RunConfig
 
 _SHOWN = 12  # problems that fit on a screen
@@ -120,13 +121,11 @@ def _problem(
         case "extra_forbidden":
             return Problem(key + mark, shown, "there is no such key", _nearest_key(path, data))
         case "union_tag_invalid":
-            types = _types(path, data)
-            return Problem(
-                f"{key}.type{mark}",
-                context.get("tag"),
-                f"no such type; there are {', '.join(types)}",
-                _nearest(str(context.get("tag")), types),
-            )
+            types, tag = _types(path, data), str(context.get("tag"))
+            remedy = _nearest(tag, types)
+            if tag in plugin_names():
+                remedy = f"{tag} is a plug-in: write {key}.type=plugin {key}.name={tag}"
+            return Problem(f"{key}.type{mark}", tag, f"no such type; there are {', '.join(types)}", remedy)
         case "union_tag_not_found" | "model_type" | "model_attributes_type" | "dict_type":
             return Problem(key + mark, shown, "a section was expected here", _section_remedy(key, value, path, data))
         case "literal_error":

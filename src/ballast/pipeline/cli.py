@@ -1,0 +1,176 @@
+"""The command `ballast`. Everything is parsed and checked here, before anything heavy is imported.
+
+Exit codes: 0 done; 1 a Ballast error; 2 what the user gave cannot be used; 130 interrupted. An error that
+Ballast raises on purpose is shown without its traceback; `BALLAST_TRACEBACK=1` adds it. Any other exception
+keeps its traceback: it is a fault of the program.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import ballast
+from ballast.errors import BallastError, ConfigError
+
+if TYPE_CHECKING:
+    from ballast.pipeline.config import RunConfig
+
+# In the order in which a run goes through them, with the line that `--help` shows.
+STAGES = {
+    "baseline": "Measure the start model on the test prompts.",
+    "align": "Warm start: LoRA SFT on answers, merged into a model folder.",
+    "rollout": "Write completions of the training prompts to a table.",
+    "score": "Let the guard score that table, segment by segment.",
+    "train": "GRPO with shaped advantages.",
+    "evaluate": "Measure the tuned model as the start model was measured.",
+    "report": "Write the run's tables and figures.",
+}
+
+
+class _Group(TyperGroup):
+    """Turns the errors of every command into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BallastError as error:
+            _show(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("ballast: interrupted; finished stages are kept, and --resume continues", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def _show(error: BallastError) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    if os.environ.get("BALLAST_TRACEBACK") == "1":
+        traceback.print_exc()
+    console = Console(stderr=True)
+    if console.is_terminal:
+        title = "Cannot be used" if error.exit_code == 2 else type(error).__name__
+        # Text, not markup: square brackets of a message are meant as they stand.
+        console.print(Panel(Text(str(error)), title=title, title_align="left", border_style="red"))
+    else:  # in a log a message stays on its lines, so that it can be searched
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Ballast keeps a language model upright while it learns.",
+)  # fmt: skip
+guard_app = typer.Typer(
+    no_args_is_help=True, help="The guardrails: which there are, and whether one keeps the contract."
+)
+app.add_typer(guard_app, name="guard")
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: demo, grpo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values in place of the file's, such as train.steps=10.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print all of it as YAML, and stop.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted stage at its last checkpoint.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ballast {ballast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _load(path: str, overrides: list[str] | None) -> "RunConfig":
+    from ballast.pipeline.config_loading import load_config
+
+    return load_config(path, overrides or [])
+
+
+def _execute(path: str, overrides: list[str] | None, stages: list[str] | None, dry_run: bool, resume: bool) -> None:
+    config = _load(path, overrides)
+    if dry_run:
+        from ballast.pipeline.config_loading import config_hash, dump_config
+
+        print(f"# {config_hash(config)[:12]}  stages: {' '.join(stages or STAGES)}\n{dump_config(config)}", end="")
+        return
+    from ballast.pipeline.run import run
+
+    run(config, stages=stages, resume=resume)
+
+
+@app.command("demo")
+def demo(overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
+    """The main job on the embedded model and guard: about 12 minutes on two CPU cores."""
+    _execute("demo", overrides, None, dry_run, resume)
+
+
+@app.command("run")
+def run_all(
+    config: Config,
+    overrides: Overrides = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help=f"Only this one: {', '.join(STAGES)}.")
+    ] = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+) -> None:
+    """All stages of a configuration; those that are done are not done again."""
+    if stage is not None and stage not in STAGES:
+        raise ConfigError(f"--stage {stage}: there is no such stage; choose one of {', '.join(STAGES)}")
+    _execute(config, overrides, [stage] if stage else None, dry_run, resume)
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(config: Config, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
+        _execute(config, overrides, [name], dry_run, resume)
+
+    return command
+
+
+for _name, _help in STAGES.items():
+    app.command(_name, help=_help, rich_help_panel="One stage alone")(_stage_command(_name))
+
+
+@guard_app.command("list")
+def guard_list() -> None:
+    """Guards that can stand in `guard` and `judge`, built in or brought by a package."""
+    from ballast.guardrails.registry import BUILT_INS, plugin_names
+
+    width = max(len(name) for name in [*BUILT_INS, *plugin_names()])
+    for name in BUILT_INS:
+        print(f"{name:{width}}  built in: guard.type={name}")
+    for name in plugin_names():
+        print(f"{name:{width}}  plug-in: guard.type=plugin guard.name={name}")
+
+
+@app.command("doctor")
+def doctor() -> None:
+    """What this machine can run, and what is missing."""
+    from ballast.pipeline.doctor import examine, show
+
+    checks = examine()
+    show(checks)
+    raise typer.Exit(1 if any(check.state == "missing" for check in checks) else 0)
+
+
+def main() -> None:
+    """Entry point of the command `ballast`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
