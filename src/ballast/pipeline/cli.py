@@ -157,6 +157,36 @@ def guard_list() -> None:
         print(f"{name:{width}}  plug-in: guard.type=plugin guard.name={name}")
 
 
+@guard_app.command("check")
+def guard_check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A type or plug-in of `ballast guard list`.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the guard, such as batch_size=4.")
+    ] = None,
+) -> None:
+    """Send ordinary and awkward exchanges through a guard: does it keep the contract?"""
+    from ballast.guardrails.contract import check_guardrail
+    from ballast.guardrails.registry import load_guardrail
+    from ballast.pipeline.config_loading import read_value
+
+    settings = {}
+    for option in options or []:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(f"option '{option}': not of the form key=value; write it like batch_size=4")
+        settings[key] = read_value(value)
+    report = check_guardrail(load_guardrail(name, **settings))
+    for rule in report.checks:
+        print(f"ok  {rule}")
+    for what, reason in report.unscored.items():
+        print(f"unscored  {what}: {reason}")
+    mass = "" if report.label_mass is None else f", label mass {report.label_mass:.3f} or more"
+    print(
+        f"guardrail '{report.name}' keeps the contract ({report.seconds:.1f} s{mass}, equal calls differ by "
+        f"{report.max_difference:.4f} at most)"
+    )
+
+
 @app.command("doctor")
 def doctor() -> None:
     """What this machine can run, and what is missing."""

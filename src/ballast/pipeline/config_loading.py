@@ -121,8 +121,8 @@ def _parse(source: str, text: str) -> dict[str, Any]:
     return data
 
 
-def _value(text: str) -> Any:
-    """One override's value: YAML where it looks like YAML, text otherwise."""
+def read_value(text: str) -> Any:
+    """One override's value: YAML where it looks like YAML, text otherwise; the module's docstring has the rule."""
     text = text.strip()
     try:
         value = yaml.load(text, Loader=_Loader)
@@ -142,7 +142,7 @@ def _split(overrides: Sequence[str]) -> tuple[list[tuple[tuple[str, ...], Any]],
         left, equals, right = text.partition("=")
         key = tuple(part.strip() for part in left.split("."))
         if equals and all(key):
-            assignments.append((key, _value(right)))
+            assignments.append((key, read_value(right)))
         else:
             problems.append(
                 Problem(f"override '{text}'", None, "not of the form key=value", "write it like train.steps=10")
