@@ -56,6 +56,21 @@ def plugin_names() -> list[str]:
     return sorted({point.name for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)})
 
 
+def describe_guards() -> list[tuple[str, str, str]]:
+    """One row a guard: its type or name, the package it comes from, and what it is.
+
+    A built-in is described by its class; a plug-in by its entry point, so that listing runs no foreign code.
+    """
+    built_in = [
+        (name, "ballast", (_imported(target).__doc__ or "").partition("\n")[0]) for name, target in BUILT_INS.items()
+    ]
+    plugins = [
+        (point.name, point.dist.name if point.dist else "", point.value)
+        for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    ]
+    return [*built_in, *sorted(plugins)]
+
+
 def load_guardrail(what: BaseModel | Mapping[str, Any] | str, **overrides: Any) -> Guardrail:
     """Build a guardrail.
 
