@@ -1,1 +1,54 @@
+"""Ballast keeps a language model upright while it learns: guardrail-driven RL alignment with TRL and vLLM.
+
+The public names below are loaded when they are first used, so that `import ballast` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ballast.guardrails.contract import check_guardrail
+    from ballast.guardrails.registry import load_guardrail
+    from ballast.guardrails.types import Exchange, Guardrail, RiskTrace
+    from ballast.pipeline.config import RunConfig
+    from ballast.pipeline.run import run
+    from ballast.pipeline.training.grpo import ShapedGRPOTrainer
+    from ballast.rewards.guard_reward import GuardReward
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Exchange",
+    "GuardReward",
+    "Guardrail",
+    "RiskTrace",
+    "RunConfig",
+    "ShapedGRPOTrainer",
+    "check_guardrail",
+    "load_guardrail",
+    "run",
+]
+
+_HOMES = {
+    "Exchange": "ballast.guardrails.types",
+    "GuardReward": "ballast.rewards.guard_reward",
+    "Guardrail": "ballast.guardrails.types",
+    "RiskTrace": "ballast.guardrails.types",
+    "RunConfig": "ballast.pipeline.config",
+    "ShapedGRPOTrainer": "ballast.pipeline.training.grpo",
+    "check_guardrail": "ballast.guardrails.contract",
+    "load_guardrail": "ballast.guardrails.registry",
+    "run": "ballast.pipeline.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ballast' has no attribute '{name}'; its public names are {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
