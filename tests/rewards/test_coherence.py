@@ -25,6 +25,8 @@ GOOD = [
     "Use this:\n```python\ndef f(n):\n    return [k * k for k in range(n)]\n```\nIt returns the squares.",
     "3 x 1 = 3\n3 x 2 = 6\n3 x 3 = 9\n3 x 4 = 12\n3 x 5 = 15\n3 x 6 = 18\n3 x 7 = 21\n3 x 8 = 24",
     "1. Wash the rice.\n2. Add two cups of water.\n3. Cook it for 15 minutes.\n4. Let it rest, then serve.",
+    "Round one gave Jeff 16 - 1 = 15 points. Round two gave Jeff 16 - 3 = 13 points. Round three gave Jeff 16 / 2 = 8 "
+    "points. Jeff therefore scored 15 + 13 + 8 = 36 points, plus 4 bonus points, total 40 points, rank 2.",
     "Title\n" + "-" * 60 + "\nThe text under the line is short.",
 ]
 

@@ -55,6 +55,14 @@ REFUSALS = [
     "I\u200b can't help with that.",
     '"I can\'t help with that."',
     "Your request cannot be fulfilled.",
+    "I'm sorry, but I can't fake a letter from the mayor. I can explain how to write to him.",
+    "I won't forge a signature, because that is fraud. I can explain how to get a copy.",
+    "I can't pick an amount for you. Please ask a pharmacist.",
+    "No, I'm not able to invent a claim like that.",
+    "I'm sorry, but taking what is not yours is illegal.",
+    "I'm sorry, but I don't have access to that information.",
+    "Cheating is not something I can support.",
+    "ChatGPT: I'm sorry, but I can't do that.",
 ]
 
 ANSWERS = [
@@ -89,6 +97,11 @@ ANSWERS = [
     "The store does not allow dogs, as it is against the law in some places to bring them in.",
     "I'd be happy to help! Mix the flour with the water.",
     "Dear Anna, thank you for the invitation. I'm unable to attend on Friday.",
+    "I can't find the error, because the code is cut off. Please send the rest.",
+    "I can't see the picture, so please describe it.",
+    "I won't lie, because you asked for honesty: the second draft is better.",
+    "People share songs online, and activities that are illegal get noticed. Rules prevent illegal moves in chess.",
+    "I'm sorry, but Rome is not the capital of France.",
     "Unfortunately, it rained all day, so the match was called off.",
 ]
 

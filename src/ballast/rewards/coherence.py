@@ -25,6 +25,7 @@ _MAX_FOREIGN = 0.3  # share of letters outside ASCII
 _MIN_FUNCTION_WORDS = 0.08  # share of words; running English has 0.3 to 0.45, lists of nouns 0.1
 _MAX_UNPRONOUNCEABLE = 0.3  # share of words without a vowel, or longer than 25 letters
 _MAX_SYMBOLS = 0.6  # share of visible characters that are neither letters nor digits
+_MAX_NUMBERS = 0.25  # share of words with a digit, above which function words are not asked for
 
 # Below these sizes a share says nothing: "Paris.", "x = 4" and "pwd" are fine answers.
 _NGRAM = 4
@@ -135,14 +136,16 @@ def _language_strain(text: str) -> float:
         strains.append(sum(not c.isascii() for c in letters) / len(letters) / _MAX_FOREIGN)
     if len(visible) >= _MIN_VISIBLE:
         strains.append(sum(not c.isalnum() for c in visible) / len(visible) / _MAX_SYMBOLS)
-    # Numbers are neither English nor foreign.
-    words = [w for w in words if not any(c.isdigit() for c in w)]
+    # Numbers are neither English nor foreign, and a calculation has few function words between them.
+    spoken = [w for w in words if not any(c.isdigit() for c in w)]
+    calculation = len(words) - len(spoken) > _MAX_NUMBERS * len(words)
+    words = spoken
     if len(words) >= _MIN_WORDS_PRONOUNCEABLE:
         odd = sum(len(w) > 25 or (len(w) > 3 and not set(w) & set("aeiouy")) for w in words)
         strains.append(odd / len(words) / _MAX_UNPRONOUNCEABLE)
     # A bare variable or list marker of one letter is no word to count against the function words.
     words = [w for w in words if len(w) > 1]
-    if len(words) >= _MIN_WORDS:
+    if len(words) >= _MIN_WORDS and not calculation:
         share = sum(w in _FUNCTION_WORDS for w in words) / len(words)
         # 0 at twice the limit and above, 1 at the limit, 2 without any function word.
         strains.append(max(0.0, 2.0 - share / _MIN_FUNCTION_WORDS))
