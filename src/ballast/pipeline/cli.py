@@ -148,13 +148,15 @@ for _name, _help in STAGES.items():
 @guard_app.command("list")
 def guard_list() -> None:
     """Guards that can stand in `guard` and `judge`, built in or brought by a package."""
-    from ballast.guardrails.registry import BUILT_INS, plugin_names
+    from ballast.guardrails.registry import BUILT_INS, describe_guards
 
-    width = max(len(name) for name in [*BUILT_INS, *plugin_names()])
-    for name in BUILT_INS:
-        print(f"{name:{width}}  built in: guard.type={name}")
-    for name in plugin_names():
-        print(f"{name:{width}}  plug-in: guard.type=plugin guard.name={name}")
+    rows = []
+    for name, source, description in describe_guards():
+        written = f"guard.type={name}" if name in BUILT_INS else f"guard.type=plugin guard.name={name}"
+        rows.append((name, source, written, description))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(f"{cell.ljust(width)}" for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
 
 
 @guard_app.command("check")
