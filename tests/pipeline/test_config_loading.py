@@ -187,6 +187,9 @@ def test_the_hash_depends_on_values_and_not_on_how_they_were_written(write):
     assert config_hash(load_config(write(train={"steps": 30}), [])) == plain  # 30 is the default
     assert config_hash(load_config(write(), ["train.steps=31"])) != plain
     assert config_hash(RunConfig.model_validate(dict(reversed(SMALLEST.items())))) == plain
+    plugin = "guard={type: plugin, name: theirs, options: %s}"
+    first, second = (load_config(write(), [plugin % options]) for options in ("{a: 1, b: 2}", "{b: 2, a: 1}"))
+    assert config_hash(first) == config_hash(second)
 
 
 def test_loading_a_configuration_needs_no_torch():

@@ -92,8 +92,7 @@ def _path(detail: ErrorDetails, data: Any) -> tuple[str | int, ...]:
     for index, part in enumerate(detail["loc"]):
         last = index == len(detail["loc"]) - 1
         if isinstance(place, Mapping):
-            tag = part == place.get("type") and not (last and detail["type"] == "extra_forbidden")
-            if not tag and (part in place or (last and detail["type"] == "missing")):
+            if part in place or (last and detail["type"] == "missing"):
                 path.append(part)
                 place = place.get(part)
         elif isinstance(place, (list, tuple)) and isinstance(part, int) and part < len(place):
