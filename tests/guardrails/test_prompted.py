@@ -86,6 +86,14 @@ def test_left_padding_in_a_batch_changes_nothing(tiny_guard_model):
         assert a.risk == pytest.approx(b.risk, abs=1e-5)
 
 
+def test_batches_hold_rows_of_like_length_only(guard):
+    _, engine = loaded(guard)  # batch_size 4
+    rows = [(7,) * length for length in (30, 3, 5, 6, 7, 4, 3)]
+    # By length 3 3 4 5 | 6 7 | 30: four is a full batch, and 30 is more than twice 6.
+    assert [[len(row) for row in batch] for batch in engine._batches(rows)] == [[3, 3, 4, 5], [6, 7], [30]]
+    assert list(engine._batches([])) == []
+
+
 def test_equal_prompts_and_prefixes_are_scored_once(guard):
     _, engine = loaded(guard)
     forward, rows = engine._forward, []

@@ -109,8 +109,9 @@ def check_guardrail(
 
 
 def _cuts(response: str) -> tuple[int, ...]:
-    """Cuts with a leading 0, about half a dozen: a slow guard is checked in seconds, too."""
-    return tuple(sorted({0, *cut_words(response, max(2, len(response) // 30))}))
+    """Cuts with a leading 0, few where the response is long: a slow guard is checked in seconds, too."""
+    cuts = cut_words(response, 3)
+    return tuple(sorted({0, *cuts} if len(response) < 1000 else {0, cuts[0], cuts[-1]}))
 
 
 class _Check:
@@ -195,7 +196,7 @@ class _Check:
                         f"exchange {number} at cut {cut} has risk {x} and, {when}, {y} (tolerance {self.tolerance}); {remedy}"
                     )
                 self.difference = max(self.difference, difference)
-        rule = f"equal risks {when}"
+        rule = f"equal risks: {when}"
         if rule not in self.held:
             self.held.append(rule)
 

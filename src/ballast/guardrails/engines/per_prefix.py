@@ -9,7 +9,7 @@ Shape letters: R rows (rendered prompts) of a batch, L tokens of the longest, V 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +66,20 @@ class PerPrefixEngine:
             for row in distinct
             if len(row) > self._context
         }
-        # Rows of like length share a batch, so that little of it is padding.
-        todo = sorted((row for row in distinct if row not in verdicts), key=len)
-        for start in range(0, len(todo), self._batch_size):
-            batch = todo[start : start + self._batch_size]
+        for batch in self._batches(row for row in distinct if row not in verdicts):
             verdicts.update(zip(batch, self._forward(batch), strict=True))
         return [verdicts[tuple(row)] for row in rows]
+
+    def _batches(self, rows: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Rows of like length together: none more than twice as long as the shortest, so half at most is padding."""
+        batch: list[tuple[int, ...]] = []
+        for row in sorted(rows, key=len):
+            if batch and (len(batch) == self._batch_size or len(row) > 2 * len(batch[0])):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def _forward(self, rows: Sequence[tuple[int, ...]]) -> list[Verdict]:
         import torch
