@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
-import types
 
 import pytest
 from typer.testing import CliRunner
 
 import ballast
 from ballast.errors import EngineError
-from ballast.pipeline import cli
+from ballast.guardrails.contract import check_guardrail
+from ballast.guardrails.registry import load_guardrail
+from ballast.pipeline import cli, run
 
 HEAVY = ("torch", "transformers", "trl", "vllm", "datasets", "scipy", "peft")
 
@@ -18,21 +19,19 @@ HEAVY = ("torch", "transformers", "trl", "vllm", "datasets", "scipy", "peft")
 def calls(monkeypatch):
     """Calls of `run`, which is replaced: the command line is tested, and not the run."""
     seen = []
-    module = types.ModuleType("ballast.pipeline.run")
-    module.run = lambda config, stages=None, resume=False: seen.append((config, stages, resume))
-    monkeypatch.setitem(sys.modules, "ballast.pipeline.run", module)
+    monkeypatch.setattr(run, "run", lambda config, stages=None, resume=False: seen.append((config, stages, resume)))
     return seen
 
 
 @pytest.fixture
-def failing(monkeypatch, calls):
+def failing(monkeypatch):
     """Make `run` raise the given exception."""
 
     def fail_with(error: BaseException) -> None:
-        def run(config, stages=None, resume=False):
+        def fail(config, stages=None, resume=False):
             raise error
 
-        sys.modules["ballast.pipeline.run"].run = run
+        monkeypatch.setattr(run, "run", fail)
 
     return fail_with
 
@@ -53,6 +52,17 @@ def test_every_stage_is_a_command_and_an_option_of_run(calls, stage):
     assert invoke(stage, "demo").exit_code == 0
     assert invoke("run", "demo", "--stage", stage).exit_code == 0
     assert [stages for _, stages, _ in calls] == [[stage], [stage]]
+
+
+def test_the_commands_are_the_stages_of_the_graph_in_their_order():
+    assert list(cli.STAGES) == list(run.STAGES)
+
+
+def test_a_dry_run_names_the_stages_that_would_run():
+    assert invoke("demo", "--dry-run").stdout.splitlines()[0].endswith("stages: baseline align train evaluate report")
+    without = invoke("demo", "align.enabled=false", "--dry-run").stdout.splitlines()[0]
+    assert without.endswith("stages: baseline train evaluate report")
+    assert invoke("train", "demo", "--dry-run").stdout.splitlines()[0].endswith("stages: train")
 
 
 def test_demo_runs_the_shipped_demo_with_overrides(calls):
@@ -101,9 +111,8 @@ def test_a_traceback_is_shown_when_it_is_asked_for(failing, monkeypatch):
 
 def test_an_unexpected_error_keeps_its_plain_traceback():
     code = (
-        "import sys, types; from ballast.pipeline import cli; module = types.ModuleType('ballast.pipeline.run');"
-        "module.run = lambda *_, **__: {}['a fault of the program'];"
-        "sys.modules[module.__name__] = module; sys.argv = ['ballast', 'demo']; cli.main()"
+        "import sys; from ballast.pipeline import cli, run; run.run = lambda *_, **__: {}['a fault of the program'];"
+        "sys.argv = ['ballast', 'demo']; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
@@ -132,7 +141,8 @@ def test_guard_check_says_which_rules_held():
     result = invoke("guard", "check", "rules")
     assert result.exit_code == 0, result.output
     assert "guardrail 'rules' keeps the contract" in result.stdout
-    assert "equal risks in reverse order" in result.stdout
+    held = [line.removeprefix("ok  ") for line in result.stdout.splitlines() if line.startswith("ok  ")]
+    assert held == list(check_guardrail(load_guardrail("rules")).checks)
 
 
 def test_guard_check_of_an_unknown_guard_exits_with_2():

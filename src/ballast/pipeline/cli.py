@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,10 +17,7 @@ from typer.core import TyperGroup
 import ballast
 from ballast.errors import BallastError, ConfigError
 
-if TYPE_CHECKING:
-    from ballast.pipeline.config import RunConfig
-
-# In the order in which a run goes through them, with the line that `--help` shows.
+# The stages of `ballast.pipeline.run`, whose import help does not wait for, with the line that it shows.
 STAGES = {
     "baseline": "Measure the start model on the test prompts.",
     "align": "Warm start: LoRA SFT on answers, merged into a model folder.",
@@ -42,7 +39,7 @@ class _Group(TyperGroup):
             _show(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            print("ballast: interrupted; finished stages are kept, and --resume continues", file=sys.stderr)
+            print("ballast: interrupted; finished stages are kept, and --resume goes on from them", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -76,7 +73,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values in place of the file's, such as train.steps=10.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print all of it as YAML, and stop.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted stage at its last checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Begin an unfinished stage again; finished ones are kept.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,22 +91,19 @@ def _options(
     pass
 
 
-def _load(path: str, overrides: list[str] | None) -> "RunConfig":
-    from ballast.pipeline.config_loading import load_config
-
-    return load_config(path, overrides or [])
-
-
 def _execute(path: str, overrides: list[str] | None, stages: list[str] | None, dry_run: bool, resume: bool) -> None:
-    config = _load(path, overrides)
+    from ballast.pipeline.config_loading import config_hash, dump_config, load_config
+
+    config = load_config(path, overrides or [])
+    from ballast.pipeline import run
+
     if dry_run:
-        from ballast.pipeline.config_loading import config_hash, dump_config
-
-        print(f"# {config_hash(config)[:12]}  stages: {' '.join(stages or STAGES)}\n{dump_config(config)}", end="")
-        return
-    from ballast.pipeline.run import run
-
-    run(config, stages=stages, resume=resume)
+        planned = [
+            name for name, stage in run.STAGES.items() if stage.in_run and (name != "align" or config.align.enabled)
+        ]
+        print(f"# {config_hash(config)[:12]}  stages: {' '.join(stages or planned)}\n{dump_config(config)}", end="")
+    else:
+        run.run(config, stages=stages, resume=resume)
 
 
 @app.command("demo")
