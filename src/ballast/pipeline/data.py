@@ -79,7 +79,7 @@ def training_rows(config: "DataConfig", seed: int) -> list[Row]:
 def test_suite(config: "DataConfig", seed: int) -> Suite:
     """The held-out prompts as an evaluation suite."""
     rows = draw(load_rows(config.test, "test", config), config.max_test, seed)
-    return Suite("test", tuple(SuitePrompt(row.id, row.prompt, row.kind, row.category) for row in rows))
+    return Suite("test", tuple(SuitePrompt(row.id, row.prompt, row.kind, row.category or "") for row in rows))
 
 
 def normalise(prompt: str) -> str:
@@ -104,10 +104,14 @@ def _shipped(source: str, split: Split) -> list[Row]:
 def _table(source: str, config: "DataConfig", answers: bool) -> list[Row]:
     table = _read(source)
     columns = list(table.column_names)
-    needed = [("prompt_column", config.prompt_column)] + ([("response_column", config.response_column)] if answers else [])
+    needed = [("prompt_column", config.prompt_column)] + (
+        [("response_column", config.response_column)] if answers else []
+    )
     for key, column in needed:
         if column not in columns:
-            raise DataError(f"data source '{source}' has no column '{column}'; it has {', '.join(columns)}: set data.{key} to one of them")
+            raise DataError(
+                f"data source '{source}' has no column '{column}'; it has {', '.join(columns)}: set data.{key} to one of them"
+            )
     if config.kind_column not in columns and config.kind is None:
         raise DataError(
             f"data source '{source}' has no column '{config.kind_column}' that says which prompts are harmful; set "
@@ -120,9 +124,13 @@ def _table(source: str, config: "DataConfig", answers: bool) -> list[Row]:
 def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig") -> Row:
     prompt, kind = record[config.prompt_column], record.get(config.kind_column, config.kind)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError(f"data source '{source}', row {row_id}: column '{config.prompt_column}' holds {prompt!r}, not a prompt; remove or mend the row")
+        raise DataError(
+            f"data source '{source}', row {row_id}: column '{config.prompt_column}' holds {prompt!r}, not a prompt; remove or mend the row"
+        )
     if kind not in KINDS:
-        raise DataError(f"data source '{source}', row {row_id}: kind is {kind!r}, not one of {', '.join(KINDS)}; mend column '{config.kind_column}'")
+        raise DataError(
+            f"data source '{source}', row {row_id}: kind is {kind!r}, not one of {', '.join(KINDS)}; mend column '{config.kind_column}'"
+        )
     category, response = record.get("category"), record.get(config.response_column)
     return Row(row_id, prompt, kind, str(category) if category else None, str(response) if response else None)
 
@@ -134,16 +142,22 @@ def _read(source: str) -> Any:
     path = Path(source).expanduser()
     if path.suffix in _READERS:
         if not path.is_file():
-            raise DataError(f"data file '{source}' does not exist (looked in {path.absolute().parent}); check data.train and data.test")
+            raise DataError(
+                f"data file '{source}' does not exist (looked in {path.absolute().parent}); check data.train and data.test"
+            )
         if path.stat().st_size == 0:
             raise DataError(f"data file '{source}' is empty; give a file with at least one row")
         try:
             return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
         except Exception as error:
-            raise DataError(f"data file '{source}' cannot be read as {path.suffix[1:]} ({_root(error)}); mend the file") from error
+            raise DataError(
+                f"data file '{source}' cannot be read as {path.suffix[1:]} ({_root(error)}); mend the file"
+            ) from error
     name, _, split = source.partition(":")
     if path.exists() or name.count("/") > 1 or source.startswith((".", "~", "/")):
-        raise DataError(f"data source '{source}' is no file of a known form; give one that ends in {', '.join(_READERS)}")
+        raise DataError(
+            f"data source '{source}' is no file of a known form; give one that ends in {', '.join(_READERS)}"
+        )
     try:
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:

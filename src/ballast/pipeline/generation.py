@@ -37,7 +37,11 @@ class Generator(Protocol):
     """Samples completions with the weights that it holds now."""
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: "SamplingConfig", seed: int, progress: Progress | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: "SamplingConfig",
+        seed: int,
+        progress: Progress | None = None,
     ) -> list[Generated]:
         """Sample one completion a prompt.
 
@@ -65,7 +69,11 @@ class VLLMGenerator:
         self.tokenizer = tokenizer
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: "SamplingConfig", seed: int, progress: Progress | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: "SamplingConfig",
+        seed: int,
+        progress: Progress | None = None,
     ) -> list[Generated]:
         """See `Generator.generate`."""
         generated: list[Generated] = []
@@ -100,7 +108,11 @@ class TransformersGenerator:
         self.batch_size = batch_size
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: "SamplingConfig", seed: int, progress: Progress | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: "SamplingConfig",
+        seed: int,
+        progress: Progress | None = None,
     ) -> list[Generated]:
         """See `Generator.generate`; the seed here belongs to a batch, not to a row."""
         generated: list[Generated] = []
@@ -116,14 +128,24 @@ class TransformersGenerator:
 
         width = max(len(ids) for ids in prompt_ids)
         pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompt_ids], device=self.model.device)
+        input_ids = torch.tensor(
+            [[pad] * (width - len(ids)) + list(ids) for ids in prompt_ids], device=self.model.device
+        )
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=self.model.device)
         greedy = sampling.temperature == 0
-        settings = {"do_sample": False} if greedy else {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        settings = (
+            {"do_sample": False}
+            if greedy
+            else {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        )
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             output = self.model.generate(
-                input_ids=input_ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, **settings
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=sampling.max_new_tokens,
+                pad_token_id=pad,
+                **settings,
             )
         return [self._read(row) for row in output[:, width:].tolist()]
 
@@ -151,7 +173,11 @@ class ScriptedGenerator:
         self.folder: str | None = None
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: "SamplingConfig", seed: int, progress: Progress | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: "SamplingConfig",
+        seed: int,
+        progress: Progress | None = None,
     ) -> list[Generated]:
         """See `Generator.generate`; `answer(prompt_ids, row_seed)` gives the text."""
         generated = []
@@ -159,7 +185,9 @@ class ScriptedGenerator:
             text = self.answer(ids, _row_seed(seed, i))
             tokens = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             kept = tokens[: sampling.max_new_tokens]
-            generated.append(Generated(kept, self.tokenizer.decode(kept, skip_special_tokens=True), len(kept) < len(tokens)))
+            generated.append(
+                Generated(kept, self.tokenizer.decode(kept, skip_special_tokens=True), len(kept) < len(tokens))
+            )
             if progress:
                 progress(1)
         return generated

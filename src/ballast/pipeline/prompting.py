@@ -83,13 +83,17 @@ class PromptFormat:
         return text
 
     def _ids(self, text: str, split_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)[
+            "input_ids"
+        ]
         return ids
 
     def _encode_apart(self, turns: list[Message], rendered: str) -> list[int]:
         # Render once more with marks in place of the text: what is special between the marks is the template's.
         marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
-        marked = self._render([{"role": turn["role"], "content": mark} for turn, mark in zip(turns, marks, strict=True)])
+        marked = self._render(
+            [{"role": turn["role"], "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+        )
         frame = re.split("(\ue000\\d+\ue001)", marked)
         for strip in (False, True):  # some templates trim the text
             texts = dict(zip(marks, (t["content"].strip() if strip else t["content"] for t in turns), strict=True))

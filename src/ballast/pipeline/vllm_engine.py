@@ -90,7 +90,12 @@ class VLLMEngine:
             torch.set_num_threads = set_num_threads
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seeds: Sequence[int] | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[int] | None = None,
     ) -> list[Any]:
         """Sample one completion a prompt.
 
@@ -106,7 +111,9 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         params = [
-            SamplingParams(max_tokens=max_tokens, temperature=temperature, logprobs=0, seed=None if seeds is None else seeds[i])
+            SamplingParams(
+                max_tokens=max_tokens, temperature=temperature, logprobs=0, seed=None if seeds is None else seeds[i]
+            )
             for i in range(len(prompt_ids))
         ]
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompt_ids], params, use_tqdm=False)

@@ -39,7 +39,9 @@ def group_zscore(value_N: torch.Tensor, scored_N: torch.Tensor, group_size: int,
     """
     valid_N = scored_N & ~value_N.isnan()
     value_N = value_N.nan_to_num(0.0)
-    z_N = (value_N - group_mean(value_N, valid_N, group_size)) / group_std(value_N, valid_N, group_size).clamp(min=std_floor)
+    z_N = (value_N - group_mean(value_N, valid_N, group_size)) / group_std(value_N, valid_N, group_size).clamp(
+        min=std_floor
+    )
     enough_N = (valid_N.view(-1, group_size).sum(dim=1) >= 2).repeat_interleave(group_size)
     return z_N.masked_fill(~(valid_N & enough_N), 0.0)
 

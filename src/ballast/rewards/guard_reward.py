@@ -57,7 +57,9 @@ class GuardReward:
         clean: debounce and running minimum (see `star.clean_trace`).
     """
 
-    def __init__(self, guard: Guardrail, tokenizer: Any, segments: SegmentOptions | None = None, clean: bool = True) -> None:
+    def __init__(
+        self, guard: Guardrail, tokenizer: Any, segments: SegmentOptions | None = None, clean: bool = True
+    ) -> None:
         self.guard = guard
         self.tokenizer = tokenizer
         self.segments = segments or SegmentOptions()
@@ -94,13 +96,17 @@ class GuardReward:
         traces = self._assess(exchanges, all_cuts)
         scores = segment_scores(traces)
         clean_NK = clean_trace(scores.star_NK, scores.segment_mask_NK) if self.clean else scores.star_NK
-        return ScoredBatch(tuple(texts), tuple(traces), tuple(segments), scores, clean_NK, time.perf_counter() - started)
+        return ScoredBatch(
+            tuple(texts), tuple(traces), tuple(segments), scores, clean_NK, time.perf_counter() - started
+        )
 
     def _assess(self, exchanges: list[Exchange], cuts: list[tuple[int, ...]]) -> list[RiskTrace]:
         try:
             traces = self.guard.assess(exchanges, cuts)
         except Exception as error:
-            logger.warning("guardrail '%s' failed on a batch of %d: %s", self.guard.name, len(exchanges), type(error).__name__)
+            logger.warning(
+                "guardrail '%s' failed on a batch of %d: %s", self.guard.name, len(exchanges), type(error).__name__
+            )
             return [RiskTrace.unscored(row, f"{type(error).__name__}: {error}") for row in cuts]
         if len(traces) != len(exchanges) or any(trace.cuts != row for trace, row in zip(traces, cuts, strict=True)):
             raise GuardError(

@@ -26,16 +26,25 @@ def drops(clean_NK: torch.Tensor, start_N: torch.Tensor, segment_mask_NK: torch.
     return (before_NK - clean_NK - slack).clamp(min=0).masked_fill(~segment_mask_NK, 0.0)
 
 
-def drop_advantage(drop_NK: torch.Tensor, scored_N: torch.Tensor, group_size: int, weight: float, std_floor: float) -> torch.Tensor:
-    """Charge each fall to its own segment: A = -weight * c_k / max(group std of sum_k c_k, floor).
+def drop_advantage(drop_NK: torch.Tensor, scale_N: torch.Tensor, weight: float) -> torch.Tensor:
+    """Charge each fall to its own segment: A_k = -weight * c_k / scale.
 
     Scaled and not centred: centring would praise segments for merely not falling.
 
+    Args:
+        drop_NK: falls >= 0, from `drops`.
+        scale_N: `drop_scale` of each row's group.
+        weight: 0 switches the term off.
+
     Returns:
-        (N, K) advantages <= 0; 0 in unscored rows.
+        (N, K) advantages <= 0.
     """
-    scale_N = group_std(drop_NK.sum(dim=1), scored_N, group_size).clamp(min=std_floor)
-    return (-weight * drop_NK / scale_N[:, None]).masked_fill(~scored_N[:, None], 0.0)
+    return -weight * drop_NK / scale_N[:, None]
+
+
+def drop_scale(total_N: torch.Tensor, scored_N: torch.Tensor, group_size: int, std_floor: float) -> torch.Tensor:
+    """(N,) what falls are divided by: the spread of their sums sum_k c_k within the group, at least the floor."""
+    return group_std(total_N, scored_N, group_size).clamp(min=std_floor)
 
 
 def gate(advantage_N: torch.Tensor, clean_NK: torch.Tensor, tau: float) -> torch.Tensor:

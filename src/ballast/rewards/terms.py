@@ -30,7 +30,9 @@ class RefusalReward:
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], kind: Sequence[str], **_: Any) -> list[float | None]:
         """Score a batch as TRL hands it over; `kind` is a column of the data set."""
-        degrees = [refusal_score(text) for text in self.tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)]
+        degrees = [
+            refusal_score(text) for text in self.tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
+        ]
         self.last = [degree if k == "harmful" else 1.0 - degree for degree, k in zip(degrees, kind, strict=True)]
         return self.last
 
@@ -77,7 +79,9 @@ class CheckedReward:
         rewards = list(self.function(**batch))
         expected = len(batch["completion_ids"])
         if len(rewards) != expected:
-            raise RewardError(f"reward function '{self.__name__}' returned {len(rewards)} rewards for {expected} completions; return one each, None where it does not apply")
+            raise RewardError(
+                f"reward function '{self.__name__}' returned {len(rewards)} rewards for {expected} completions; return one each, None where it does not apply"
+            )
         bad = [i for i, reward in enumerate(rewards) if reward is not None and not math.isfinite(reward)]
         if bad:
             raise RewardError(
@@ -100,7 +104,11 @@ def load_reward_function(path: str) -> CheckedReward:
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"train.reward_functions: '{path}' cannot be imported ({error}); check the name, and that it is on PYTHONPATH") from error
+        raise ConfigError(
+            f"train.reward_functions: '{path}' cannot be imported ({error}); check the name, and that it is on PYTHONPATH"
+        ) from error
     if not callable(function):
-        raise ConfigError(f"train.reward_functions: '{path}' is a {type(function).__name__}, not a function; name one that takes completions and returns numbers")
+        raise ConfigError(
+            f"train.reward_functions: '{path}' is a {type(function).__name__}, not a function; name one that takes completions and returns numbers"
+        )
     return CheckedReward(function, attribute)

@@ -23,7 +23,7 @@ from ballast.pipeline.config import ShapingConfig
 from ballast.pipeline.prompting import PromptFormat
 from ballast.rewards.advantages import sum_of_zscores
 from ballast.rewards.guard_reward import GuardReward, ScoredBatch
-from ballast.rewards.shaping import drop_advantage, drops, gate
+from ballast.rewards.shaping import drop_advantage, drop_scale, drops, gate
 from ballast.rewards.star import pad_segments, spread_to_tokens
 
 
@@ -115,7 +115,10 @@ class ShapedGRPOTrainer(GRPOTrainer):
         output["advantages"] = advantage_NT.to(output["completion_ids"].device)
         self._report(scored, advantage_NT, segment_NT)
         if self.on_batch is not None and self.model.training:
-            ids = [row[keep].tolist() for row, keep in zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)]
+            ids = [
+                row[keep].tolist()
+                for row, keep in zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
+            ]
             prompts = [row["prompt"] for row in inputs]
             self.on_batch(StepRecord(self.state.global_step, prompts, kinds, scored, rewards, advantage_NT, ids))
         return output
@@ -127,7 +130,9 @@ class ShapedGRPOTrainer(GRPOTrainer):
         ]
         return {"star": star, **{term.__name__: list(term.last) for term in self.terms[1:]}}
 
-    def _advantages(self, scored: ScoredBatch, rewards: dict[str, list[float | None]], segment_NT: torch.Tensor) -> torch.Tensor:
+    def _advantages(
+        self, scored: ScoredBatch, rewards: dict[str, list[float | None]], segment_NT: torch.Tensor
+    ) -> torch.Tensor:
         """(N, T) shaped advantages of this process's rows; statistics are over all processes' rows."""
         G = self.num_generations if self.model.training else self.num_generations_eval
         reward_NR = torch.tensor([[float("nan") if v is None else v for v in column] for column in rewards.values()]).T
@@ -140,11 +145,14 @@ class ShapedGRPOTrainer(GRPOTrainer):
         self._stop_above_limit(scored, scored_all_N)
         z_N = sum_of_zscores(everyone[:, :-2], self.reward_weights.cpu(), scored_all_N, G, self.std_floor)[own]
         clean_NK = scored.clean_NK
-        advantage_NK = gate(z_N, clean_NK, self.shaping.gate.tau) if self.shaping.gate.enabled else z_N[:, None].expand_as(clean_NK)
+        advantage_NK = (
+            gate(z_N, clean_NK, self.shaping.gate.tau)
+            if self.shaping.gate.enabled
+            else z_N[:, None].expand_as(clean_NK)
+        )
         if self.shaping.drop.weight > 0:
-            share_NK = drop_NK / drop_NK.sum(1, keepdim=True).clamp(min=1e-12)
-            charged_N = drop_advantage(everyone[:, -2:-1], scored_all_N, G, self.shaping.drop.weight, self.shaping.drop.std_floor)[own]
-            advantage_NK = advantage_NK + share_NK * charged_N
+            scale_N = drop_scale(everyone[:, -2], scored_all_N, G, self.shaping.drop.std_floor)[own]
+            advantage_NK = advantage_NK + drop_advantage(drop_NK, scale_N, self.shaping.drop.weight)
         return spread_to_tokens(advantage_NK.masked_fill(~scored.scores.scored_N[:, None], 0.0), segment_NT)
 
     def _stop_above_limit(self, scored: ScoredBatch, scored_all_N: torch.Tensor) -> None:
@@ -193,23 +201,69 @@ def check_options(args: GRPOConfig) -> None:
     Raises:
         ConfigError: names the option, its value and the reason.
     """
-    default = {field: GRPOConfig.__dataclass_fields__[field].default for field in ("scale_rewards", "multi_objective_aggregation")}
+    default = {
+        field: GRPOConfig.__dataclass_fields__[field].default
+        for field in ("scale_rewards", "multi_objective_aggregation")
+    }
     wrong = [
         (args.loss_type in ("vespo", "luspo"), "loss_type", args.loss_type, "it weighs whole sequences", "dapo"),
-        (args.importance_sampling_level == "sequence", "importance_sampling_level", "sequence", "one ratio for a sequence cannot follow per-token advantages", "token"),
-        (args.off_policy_mask_threshold is not None, "off_policy_mask_threshold", args.off_policy_mask_threshold, "it reads one advantage a sequence", None),
-        (args.mask_truncated_completions, "mask_truncated_completions", True, "it empties the attention mask that segments are laid over", False),
-        (args.top_entropy_quantile < 1.0, "top_entropy_quantile", args.top_entropy_quantile, "it would drop the tokens that a drop is charged to", 1.0),
-        (args.scale_rewards != default["scale_rewards"], "scale_rewards", args.scale_rewards, "our group normalisation replaces it", default["scale_rewards"]),
-        (args.multi_objective_aggregation != default["multi_objective_aggregation"], "multi_objective_aggregation", args.multi_objective_aggregation, "our group normalisation replaces it", default["multi_objective_aggregation"]),
         (
-            args.use_vllm and args.vllm_importance_sampling_correction and (args.top_p != 1.0 or args.top_k > 0 or bool(args.min_p)),
-            "top_p, top_k, min_p", (args.top_p, args.top_k, args.min_p), "truncated sampling biases the importance ratio", "1.0, 0, None",
+            args.importance_sampling_level == "sequence",
+            "importance_sampling_level",
+            "sequence",
+            "one ratio for a sequence cannot follow per-token advantages",
+            "token",
+        ),
+        (
+            args.off_policy_mask_threshold is not None,
+            "off_policy_mask_threshold",
+            args.off_policy_mask_threshold,
+            "it reads one advantage a sequence",
+            None,
+        ),
+        (
+            args.mask_truncated_completions,
+            "mask_truncated_completions",
+            True,
+            "it empties the attention mask that segments are laid over",
+            False,
+        ),
+        (
+            args.top_entropy_quantile < 1.0,
+            "top_entropy_quantile",
+            args.top_entropy_quantile,
+            "it would drop the tokens that a drop is charged to",
+            1.0,
+        ),
+        (
+            args.scale_rewards != default["scale_rewards"],
+            "scale_rewards",
+            args.scale_rewards,
+            "our group normalisation replaces it",
+            default["scale_rewards"],
+        ),
+        (
+            args.multi_objective_aggregation != default["multi_objective_aggregation"],
+            "multi_objective_aggregation",
+            args.multi_objective_aggregation,
+            "our group normalisation replaces it",
+            default["multi_objective_aggregation"],
+        ),
+        (
+            args.use_vllm
+            and args.vllm_importance_sampling_correction
+            and (args.top_p != 1.0 or args.top_k > 0 or bool(args.min_p)),
+            "top_p, top_k, min_p",
+            (args.top_p, args.top_k, args.min_p),
+            "truncated sampling biases the importance ratio",
+            "1.0, 0, None",
         ),
     ]
     for is_wrong, name, value, reason, instead in wrong:
         if is_wrong:
-            raise ConfigError(f"GRPOConfig.{name} = {value!r} does not work with per-token advantages: {reason}; set {name}={instead!r}")
+            raise ConfigError(
+                f"GRPOConfig.{name} = {value!r} does not work with per-token advantages: {reason}; set {name}={instead!r}"
+            )
 
 
 def _without_completions(record: logging.LogRecord) -> bool:

@@ -41,19 +41,29 @@ def iterate_policy_weights(model: nn.Module, adapter: str = "default") -> Iterat
         module_name, _, leaf = name.rpartition(".")
         layer = deltas.get(module_name.removesuffix(".base_layer"))
         tensor = parameter.detach()
-        tensor = _with_adapter(layer, tensor, adapter, name) if layer is not None and leaf == "weight" else tensor.clone()
+        tensor = (
+            _with_adapter(layer, tensor, adapter, name) if layer is not None and leaf == "weight" else tensor.clone()
+        )
         if wrapped:
-            name = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(f".modules_to_save.{adapter}", "")
+            name = (
+                name.removeprefix("base_model.model.")
+                .replace(".base_layer", "")
+                .replace(f".modules_to_save.{adapter}", "")
+            )
         yield name, tensor
 
 
 def _with_adapter(layer: Any, weight: torch.Tensor, adapter: str, name: str) -> torch.Tensor:
     if layer.merged:
-        raise EngineError(f"'{name}': an adapter is already merged into this weight, so it would count twice; call unmerge_adapter() first")
+        raise EngineError(
+            f"'{name}': an adapter is already merged into this weight, so it would count twice; call unmerge_adapter() first"
+        )
     if adapter not in layer.lora_A:
         return weight.clone()
     if getattr(layer, "use_dora", {}).get(adapter) or not isinstance(layer.lora_A[adapter], nn.Linear):
-        raise EngineError(f"'{name}': only plain LoRA on linear layers can be synced to vLLM; set use_dora=False and adapt linear modules")
+        raise EngineError(
+            f"'{name}': only plain LoRA on linear layers can be synced to vLLM; set use_dora=False and adapt linear modules"
+        )
     a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
     delta = (b.float() @ a.float()) * layer.scaling[adapter]
     if getattr(layer, "fan_in_fan_out", False):

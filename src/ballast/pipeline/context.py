@@ -1,0 +1,142 @@
+"""What the stages of one run share: the configuration, the folder, and parts that are slow to make.
+
+A part is made when a stage first asks for it, and kept: one vLLM engine serves measurements and training.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ballast.guardrails.registry import load_guardrail
+from ballast.guardrails.types import Guardrail
+from ballast.models import resolve_model
+from ballast.pipeline.config import RunConfig, TransformersGeneration
+from ballast.pipeline.generation import Generator, TransformersGenerator, VLLMGenerator
+from ballast.pipeline.generation import Progress as Report
+from ballast.pipeline.prompting import PromptFormat
+from ballast.pipeline.run_folder import RunFolder
+from ballast.pipeline.vllm_engine import VLLMEngine
+
+
+class RunContext:
+    """Shared by the stages of one call; `close` frees the engine."""
+
+    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
+        self.config = config
+        self.folder = RunFolder(Path(config.out).expanduser() / config.name)
+        self.console = console or Console(stderr=True)
+        self._loaded: str | None = None
+
+    @cached_property
+    def start_model(self) -> str:
+        """Folder or hub id of the policy as it is before this run."""
+        return resolve_model(self.config.model.name)
+
+    @property
+    def reference_model(self) -> str:
+        """What GRPO starts from: the aligned model where `align` is on, else the start model."""
+        return str(self.folder.stage("align") / "model") if self.config.align.enabled else self.start_model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.start_model, revision=self.config.model.revision)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def prompt_format(self) -> PromptFormat:
+        """The prompt format of this run."""
+        return PromptFormat(self.tokenizer, self.config.prompting.system_prompt)
+
+    @cached_property
+    def guard(self) -> Guardrail:
+        """The guardrail that rewards."""
+        return load_guardrail(self.config.guard)
+
+    @cached_property
+    def judge(self) -> Guardrail:
+        """The guardrail that measures."""
+        return load_guardrail(self.config.judge)
+
+    @cached_property
+    def engine(self) -> VLLMEngine:
+        """The vLLM engine; only where `generation.type` is vllm."""
+        options = self.config.generation
+        assert not isinstance(options, TransformersGeneration)
+        with self.console.status("starting vLLM"):
+            return VLLMEngine(self.start_model, options, self.config.model.dtype, self.config.seed)
+
+    def generator(self, model: str) -> Generator:
+        """A generator that holds the weights of `model`, a folder or hub id of the policy's architecture."""
+        generator = self._generator
+        if self._loaded != model:
+            if not (self._loaded is None and model == self.start_model):
+                generator.load_folder(model)
+            self._loaded = model
+        return generator
+
+    def forget_weights(self) -> None:
+        """Training has put other weights into the engine: load them anew at the next `generator` call."""
+        self._loaded = "weights of a trainer"
+
+    @cached_property
+    def _generator(self) -> Generator:
+        options = self.config.generation
+        if isinstance(options, TransformersGeneration):
+            model = load_policy(self.start_model, self.config.model.dtype, self.config.model.revision)
+            return TransformersGenerator(model.eval(), self.tokenizer, options.batch_size)
+        return VLLMGenerator(self.engine, self.tokenizer)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Report]:
+        """A progress bar; the block gets a function that adds to it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
+
+    def say(self, text: str) -> None:
+        """One line to the terminal. Never the text of a prompt or a completion."""
+        self.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Free the engine."""
+        if "engine" in self.__dict__:
+            self.engine.close()
+
+
+def load_policy(model: str, dtype: str, revision: str | None = None) -> Any:
+    """The policy's weights for training, on the GPU where there is one.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ballast.errors import ModelError
+
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model '{model}' cannot be loaded ({str(error).splitlines()[0]}); check model.name and model.revision"
+        ) from error
+    return policy.to("cuda") if torch.cuda.is_available() else policy

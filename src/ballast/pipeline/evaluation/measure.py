@@ -1,0 +1,117 @@
+"""Measuring one model on the test prompts: generate, judge, and write both down."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ballast.pipeline.data import test_suite
+from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
+from ballast.pipeline.evaluation.metrics import EvaluationSummary, summarize
+from ballast.pipeline.run_folder import write_text
+
+if TYPE_CHECKING:
+    from ballast.pipeline.context import RunContext
+    from ballast.pipeline.generation import Generated
+
+
+def measure_model(
+    context: "RunContext", model: str, folder: Path, label: str, training_tokens_per_s: float | None = None
+) -> EvaluationSummary:
+    """Generate answers to the test prompts with `model`, judge them, and write `LABEL.json` and `LABEL.parquet`.
+
+    Row i of two models' answers has the same prompt, sample number and seed, so that they can be compared in
+    pairs.
+
+    Args:
+        context: the run.
+        model: folder or hub id of the policy's architecture.
+        folder: where the two files go.
+        label: their name: start, aligned, final.
+        training_tokens_per_s: for the table.
+    """
+    config = context.config
+    suite = test_suite(config.data, config.seed)
+    prompts = [prompt for prompt in suite.prompts for _ in range(config.evaluate.samples)]
+    ids = [context.prompt_format.encode(context.prompt_format.messages(prompt.prompt)) for prompt in prompts]
+    generator = context.generator(model)
+    started = time.perf_counter()
+    with context.progress(f"{label}: answering", len(ids)) as done:
+        answers = generator.generate(ids, config.evaluate.sampling, config.seed, done)
+    tokens_per_s = sum(len(answer.ids) for answer in answers) / (time.perf_counter() - started)
+    completions = [
+        Completion(prompt.id, prompt.prompt, prompt.kind, answer.text, answer.truncated, i % config.evaluate.samples)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    with context.console.status(f"{label}: judging"):
+        verdicts = judge_completions(completions, context.judge, threshold=config.evaluate.threshold)
+        guard_risk, reward = _rewards(context, completions, answers)
+    summary = summarize(
+        verdicts, guard_risk, reward, config.seed, config.evaluate.interval, tokens_per_s, training_tokens_per_s
+    )
+    _write_rows(folder / f"{label}.parquet", completions, verdicts, guard_risk, reward)
+    write_text(folder / f"{label}.json", summary.to_json())
+    context.folder.log({"event": "measured", "model": label, **json.loads(summary.to_json())})
+    return summary
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """The verdicts of a measured model, from its parquet table."""
+    import pyarrow.parquet as pq
+
+    fields = Verdict.__dataclass_fields__
+    return [Verdict(**{name: row[name] for name in fields}) for row in pq.read_table(path).to_pylist()]
+
+
+def _rewards(
+    context: "RunContext", completions: Sequence[Completion], answers: "Sequence[Generated]"
+) -> tuple[list[float | None], list[float | None]]:
+    """The rewarding guard's risk of every answer, and the weighted mean of the configured reward terms."""
+    from ballast.rewards.guard_reward import GuardReward
+    from ballast.rewards.terms import CoherenceReward, RefusalReward
+
+    config, ids = context.config, [answer.ids for answer in answers]
+    star = GuardReward(context.guard, context.tokenizer, config.segments, config.shaping.clean_trace)(
+        [c.prompt for c in completions], ids
+    )
+    refusal = RefusalReward(context.tokenizer)(completion_ids=ids, kind=[c.kind for c in completions])
+    fluent = CoherenceReward(context.tokenizer)(completion_ids=ids)
+    weights = (config.rewards.star, config.rewards.refusal, config.rewards.coherence)
+    rewards: list[float | None] = []
+    for completion, *terms in zip(completions, star, refusal, fluent, strict=True):
+        if terms[0] is None:
+            rewards.append(None)  # the guard could not judge it: unscored, not zero
+            continue
+        applied = [
+            (w, t)
+            for w, t, on in zip(weights, terms, (completion.kind == "harmful", True, True), strict=True)
+            if on and t is not None
+        ]
+        total = sum(w for w, _ in applied)
+        rewards.append(sum(w * t for w, t in applied) / total if total else None)
+    return [None if s is None else 1.0 - s for s in star], rewards
+
+
+def _write_rows(
+    path: Path,
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+    guard_risk: Sequence[float | None],
+    reward: Sequence[float | None],
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            **asdict(verdict),
+            "prompt": completion.prompt,
+            "completion": completion.text,
+            "guard_risk": risk,
+            "reward": value,
+        }
+        for completion, verdict, risk, value in zip(completions, verdicts, guard_risk, reward, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)

@@ -1,0 +1,114 @@
+"""train: GRPO with advantages that the guardrail shapes token by token.
+
+TRL samples completions through vLLM (the run's one engine), the guard judges every segment in one call, the
+scores become `(N, T)` advantages, and TRL's loss learns from them, in a LoRA on the aligned model.
+
+Writes `adapter/`, `model/` (merged), `completions/` (a parquet file a step, with the risk of every segment
+and the advantage of every token) and `training.json`.
+"""
+
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from ballast.pipeline.config import RunConfig, VLLMGeneration
+from ballast.pipeline.context import RunContext, load_policy
+from ballast.pipeline.data import training_rows
+from ballast.pipeline.stages.align import peft_config, quiet
+
+
+def run_stage(context: RunContext, folder: Path) -> None:
+    """Train the adapter, then write adapter, merged model and completions."""
+    from datasets import Dataset
+
+    from ballast.pipeline.training.callbacks import MetricsCallback
+    from ballast.pipeline.training.completions import CompletionsTable
+    from ballast.pipeline.training.grpo import ShapedGRPOTrainer
+    from ballast.pipeline.training.merge import save_merged
+    from ballast.pipeline.training.weight_sync import shared_engine
+    from ballast.rewards.guard_reward import GuardReward
+    from ballast.rewards.terms import CoherenceReward, RefusalReward, load_reward_function
+
+    config, tokenizer = context.config, context.tokenizer
+    rows = training_rows(config.data, config.seed)
+    dataset = Dataset.from_list(
+        [{"prompt": context.prompt_format.messages(r.prompt), "kind": r.kind, "prompt_id": r.id} for r in rows]
+    )
+    user_rewards = [load_reward_function(path) for path in config.train.reward_functions]
+    table = CompletionsTable(folder / "completions")
+    policy = load_policy(context.reference_model, config.model.dtype)
+    colocated = isinstance(config.generation, VLLMGeneration)
+    with shared_engine(context.engine) if colocated else nullcontext():
+        trainer = ShapedGRPOTrainer(
+            model=policy,
+            args=grpo_arguments(config, folder / "trainer", n_user_rewards=len(user_rewards)),
+            guard_reward=GuardReward(context.guard, tokenizer, config.segments, config.shaping.clean_trace),
+            reward_funcs=[RefusalReward(tokenizer), CoherenceReward(tokenizer), *user_rewards],
+            shaping=config.shaping,
+            std_floor=config.rewards.std_floor,
+            max_unscored_share=config.train.max_unscored_share,
+            prompt_format=context.prompt_format,
+            on_batch=table.write,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config(config.train.lora),
+            callbacks=[MetricsCallback(context, "train")],
+        )
+    quiet(trainer)
+    context.forget_weights()
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    trainer.model.save_pretrained(folder / "adapter")
+    save_merged(trainer.model, tokenizer, context.prompt_format, folder / "model")
+    (folder / "training.json").write_text(
+        json.dumps(
+            {
+                "steps": trainer.state.global_step,
+                "seconds": seconds,
+                "tokens_per_s": table.tokens / seconds,
+                "completions": table.rows,
+            }
+        )
+    )
+
+
+def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> Any:
+    """TRL's arguments for a configuration."""
+    from trl import GRPOConfig
+
+    settings = config.train
+    completions = settings.prompts_per_step * settings.group_size
+    micro = min(settings.micro_batch_size, completions)
+    return GRPOConfig(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=completions // micro,
+        num_generations=settings.group_size,
+        max_completion_length=settings.sampling.max_new_tokens,
+        temperature=settings.sampling.temperature,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=settings.warmup_steps,
+        max_grad_norm=settings.max_grad_norm,
+        beta=settings.beta,
+        loss_type=settings.loss_type,
+        # cispo clips the ratio itself from above; the default meant for the others would cap it at 0.2.
+        epsilon_high=5.0 if settings.loss_type == "cispo" else None,
+        reward_weights=[config.rewards.star, config.rewards.refusal, config.rewards.coherence, *[1.0] * n_user_rewards],
+        use_vllm=isinstance(config.generation, VLLMGeneration),
+        vllm_mode="colocate",
+        # The default drops whole sequences by the sum of their log-prob differences.
+        vllm_importance_sampling_mode="token_truncate",
+        bf16=False,  # the weights carry the precision of `model.dtype`
+        gradient_checkpointing=False,
+        logging_steps=1,
+        log_completions=False,
+        save_strategy="no",
+        report_to=list(settings.report_to) or "none",
+        seed=config.seed,
+        disable_tqdm=True,
+    )

@@ -1,0 +1,48 @@
+"""The table of completions: a parquet file a step, with the risk of every segment and every token's advantage."""
+
+import itertools
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ballast.pipeline.training.grpo import StepRecord
+
+
+class CompletionsTable:
+    """Writes `step-00012.parquet` files into a folder. Nothing of it is ever logged or pushed anywhere.
+
+    Columns: step, kind, prompt (the last user message), completion, token_ids, advantages (one a token), cuts,
+    risk (one a cut; null where unscored), unscored_reason, and `reward_NAME` for every term.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = 0
+        self.tokens = 0
+        self._part = itertools.count()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, record: StepRecord) -> None:
+        """Append the completions of one batch."""
+        scored = record.scored
+        rows = [
+            {
+                "step": record.step,
+                "kind": record.kinds[n],
+                "prompt": record.prompts[n] if isinstance(record.prompts[n], str) else record.prompts[n][-1]["content"],
+                "completion": scored.texts[n],
+                "token_ids": list(record.completion_ids[n]),
+                "advantages": record.advantage_NT[n, : len(record.completion_ids[n])].tolist(),
+                "cuts": list(scored.traces[n].cuts),
+                "risk": list(scored.traces[n].risk),
+                "unscored_reason": scored.traces[n].reason,
+                **{f"reward_{name}": values[n] for name, values in record.rewards.items()},
+            }
+            for n in range(len(scored.texts))
+        ]
+        pq.write_table(
+            pa.Table.from_pylist(rows), self.folder / f"step-{record.step:05d}-{next(self._part):03d}.parquet"
+        )
+        self.rows += len(rows)
+        self.tokens += sum(len(ids) for ids in record.completion_ids)
