@@ -198,6 +198,19 @@ def test_the_window_agrees_with_the_definition_under_byte_fallback():
     assert segments._ends_by_windows(decode, ids, text) == segments._ends_by_prefixes(decode, ids, text)
 
 
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.integers(2, 300), st.sampled_from([226, 184, 173, 230, 186, 175, 258, 259])), max_size=25))
+@example([2 + 0xE4, 2 + 0xB8, 2 + 0xAD, 2 + 0xE4])
+def test_where_the_window_has_an_answer_it_is_the_definitions(ids):
+    from ballast.guardrails import segments
+
+    tokenizer = sentencepiece_like_tokenizer()
+    ids = [token for token in ids if token < len(tokenizer)]
+    decode = functools.partial(decoded, tokenizer)
+    text = decode(ids)
+    assert segments._ends_by_windows(decode, ids, text) in (None, segments._ends_by_prefixes(decode, ids, text))
+
+
 def test_a_decoder_that_prints_specials_all_the_same_is_refused():
     class Printing:
         added_tokens_decoder = {0: type("Added", (), {"special": True})()}  # noqa: RUF012
