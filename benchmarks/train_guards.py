@@ -1,0 +1,103 @@
+"""Train the two small guards that Ballast ships, and write down what they were trained on and how they measure.
+
+    python benchmarks/sample_answers.py --prompts ... --out ANSWERS.jsonl
+    python benchmarks/train_guards.py --data FOLDER --answers ANSWERS.jsonl ... --test-answers ... --cache FOLDER --out FOLDER
+
+`--data` holds `responses/`, `task/` and `prompts/` as JSON lines. Written to `--out`: `embedded.safetensors`
+and `ngram.safetensors`, and beside them `embedded.json` and `ngram.json`. The features of the frozen model
+take some ten minutes on one core and are kept in `--cache`. No text is printed.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import guard_data
+import guard_head
+import guard_metrics
+import guard_ngram
+
+from ballast.guardrails.heads import embedded
+from ballast.guardrails.heads.embedded import EmbeddedGuard
+from ballast.guardrails.ngram import NgramGuard
+
+REQUESTS = Path(__file__).parents[1] / "src/ballast/data/requests.jsonl"
+
+
+def main() -> None:
+    """Parse the command line, train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--answers", type=Path, nargs="+", required=True, help="sampled answers to training prompts")
+    parser.add_argument("--more-answers", type=Path, nargs="*", default=[], help="further answers, none left out")
+    parser.add_argument(
+        "--test-answers", type=Path, nargs="+", required=True, help="sampled answers to the shipped test prompts"
+    )
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=embedded.WEIGHTS.parent)
+    parser.add_argument("--requests", type=Path, default=REQUESTS)
+    parser.add_argument(
+        "--cap", type=int, default=260, help="rows a group, label and half at most, for the embedded guard"
+    )
+    parser.add_argument(
+        "--eval-rows", type=int, default=200, help="rows a held-out set that the embedded guard is measured on"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("embedded", "ngram"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    if args.only != "embedded":
+        train_ngram(args)
+    if args.only != "ngram":
+        train_embedded(args)
+
+
+def train_ngram(args: argparse.Namespace) -> None:
+    """The judge: half "judge" of every source, five times the rows that the embedded guard gets."""
+    rows = guard_data.training_rows(args.data, args.requests, args.answers, args.more_answers, args.cap * 5, args.seed)
+    rows = [row for row in rows if row.half == "judge"]
+    model, choice = guard_ngram.fit_ngram(rows, guard_data.prompt_rows(args.data, "judge"), args.seed)
+    model.save(args.out / "ngram.safetensors")
+    guard = NgramGuard(weights=args.out / "ngram.safetensors")
+    write_card(args, "ngram", rows, choice, guard_metrics.measure(guard, args, None))
+
+
+def train_embedded(args: argparse.Namespace) -> None:
+    """The reward: half "guard"."""
+    rows = guard_data.training_rows(args.data, args.requests, args.answers, args.more_answers, args.cap, args.seed)
+    rows = [row for row in rows if row.half == "guard"]
+    features = guard_head.embedded_features(rows, args.cache, args.seed)
+    head, choice = guard_head.fit_head(features, args.seed)
+    head.save(args.out / "embedded.safetensors")
+    guard = EmbeddedGuard(weights=args.out / "embedded.safetensors")
+    write_card(args, "embedded", rows, choice, guard_metrics.measure(guard, args, args.eval_rows))
+
+
+def write_card(
+    args: argparse.Namespace, name: str, rows: list[guard_data.Row], choice: dict[str, Any], numbers: dict[str, Any]
+) -> None:
+    """Write what a guard was trained on and how it measures, and print the numbers."""
+    card = {
+        "guard": name,
+        "script": "benchmarks/train_guards.py",
+        "seed": args.seed,
+        "split": "by CRC-32 of the normalised prompt: half 'guard' trains embedded, half 'judge' trains ngram; "
+        "a sixth of each half ('dev') chooses and calibrates; prompts of held-out sets and shipped test prompts are dropped",
+        "licences": guard_data.LICENCES,
+        "rows": {
+            part: dict(sorted(Counter(row.group for row in rows if row.part == part).items()))
+            for part in ("fit", "dev")
+        },
+        "held_out": guard_data.HELD_OUT,
+        "chosen": choice,
+        "numbers": numbers,
+    }
+    (args.out / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps({"guard": name, "chosen": choice, "numbers": numbers}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
