@@ -26,6 +26,8 @@ from ballast.rewards.guard_reward import GuardReward, ScoredBatch
 from ballast.rewards.shaping import drop_advantage, drop_scale, drops, gate
 from ballast.rewards.star import pad_segments, spread_to_tokens
 
+DEFAULT_SHAPING = ShapingConfig()
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -57,7 +59,8 @@ class ShapedGRPOTrainer(GRPOTrainer):
         guard_reward: the guard as a reward; scored once a batch, also read for the per-token signal.
         reward_funcs: further terms: callables of TRL's form that keep their last answer in `last`
             (`RefusalReward`, `CoherenceReward`, `CheckedReward`).
-        shaping: which shaping terms apply, and how strongly.
+        shaping: which shaping terms apply, and how strongly; None leaves TRL's own advantages, the same at every
+            token of a completion.
         star_on: kinds of prompts whose reward includes the guard's STAR; on others the STAR only gates and
             charges drops.
         std_floor: smallest group spread that a reward is divided by.
@@ -77,7 +80,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
         guard_reward: GuardReward,
         reward_funcs: Sequence[Any] = (),
         args: GRPOConfig,
-        shaping: ShapingConfig | None = None,
+        shaping: ShapingConfig | None = DEFAULT_SHAPING,
         star_on: Sequence[str] = ("harmful",),
         std_floor: float = 0.1,
         max_unscored_share: float = 0.25,
@@ -88,7 +91,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
         check_options(args)
         self.guard_reward = guard_reward
         self.terms = [guard_reward, *reward_funcs]
-        self.shaping = shaping or ShapingConfig()
+        self.shaping = shaping
         self.star_on = frozenset(star_on)
         self.std_floor = std_floor
         self.max_unscored_share = max_unscored_share
@@ -107,11 +110,17 @@ class ShapedGRPOTrainer(GRPOTrainer):
         scored = self.guard_reward.last
         if scored is None or len(scored.texts) != len(inputs):
             raise GuardError("the guard's scores do not belong to this batch; use one GuardReward for one trainer only")
+        scored_all_N = self.accelerator.gather(scored.scores.scored_N.to(self.accelerator.device)).cpu()
+        self._stop_above_limit(scored, scored_all_N)
         kinds = [row.get("kind") for row in inputs]
         rewards = self._rewards(scored, kinds)
         segment_NT = pad_segments(scored.segments, output["completion_ids"].size(1))
-        advantage_NT = self._advantages(scored, rewards, segment_NT)
-        self._leave_out_unscored(output, scored)
+        if self.shaping is None:
+            advantage_NT = output["advantages"].cpu()[:, None].masked_fill(segment_NT < 0, 0.0)
+        else:
+            advantage_NT = self._advantages(scored, rewards, segment_NT, scored_all_N, self.shaping)
+        if not scored_all_N.all():
+            self._leave_out_unscored(output, scored)
         output["advantages"] = advantage_NT.to(output["completion_ids"].device)
         self._report(scored, advantage_NT, segment_NT)
         if self.on_batch is not None and self.model.training:
@@ -131,28 +140,29 @@ class ShapedGRPOTrainer(GRPOTrainer):
         return {"star": star, **{term.__name__: list(term.last) for term in self.terms[1:]}}
 
     def _advantages(
-        self, scored: ScoredBatch, rewards: dict[str, list[float | None]], segment_NT: torch.Tensor
+        self,
+        scored: ScoredBatch,
+        rewards: dict[str, list[float | None]],
+        segment_NT: torch.Tensor,
+        scored_all_N: torch.Tensor,
+        shaping: ShapingConfig,
     ) -> torch.Tensor:
         """(N, T) shaped advantages of this process's rows; statistics are over all processes' rows."""
         G = self.num_generations if self.model.training else self.num_generations_eval
         reward_NR = torch.tensor([[float("nan") if v is None else v for v in column] for column in rewards.values()]).T
-        drop_NK = drops(scored.clean_NK, scored.scores.start_N, scored.scores.segment_mask_NK, self.shaping.drop.slack)
+        drop_NK = drops(scored.clean_NK, scored.scores.start_N, scored.scores.segment_mask_NK, shaping.drop.slack)
         # One gather for all group statistics: groups straddle processes.
-        local = torch.cat([reward_NR, drop_NK.sum(1, keepdim=True), scored.scores.scored_N[:, None].float()], dim=1)
+        local = torch.cat([reward_NR, drop_NK.sum(1, keepdim=True)], dim=1)
         everyone = self.accelerator.gather(local.to(self.accelerator.device)).cpu()
         own = slice(self.accelerator.process_index * len(local), (self.accelerator.process_index + 1) * len(local))
-        scored_all_N = everyone[:, -1].bool()
-        self._stop_above_limit(scored, scored_all_N)
-        z_N = sum_of_zscores(everyone[:, :-2], self.reward_weights.cpu(), scored_all_N, G, self.std_floor)[own]
+        z_N = sum_of_zscores(everyone[:, :-1], self.reward_weights.cpu(), scored_all_N, G, self.std_floor)[own]
         clean_NK = scored.clean_NK
         advantage_NK = (
-            gate(z_N, clean_NK, self.shaping.gate.tau)
-            if self.shaping.gate.enabled
-            else z_N[:, None].expand_as(clean_NK)
+            gate(z_N, clean_NK, shaping.gate.tau) if shaping.gate.enabled else z_N[:, None].expand_as(clean_NK)
         )
-        if self.shaping.drop.weight > 0:
-            scale_N = drop_scale(everyone[:, -2], scored_all_N, G, self.shaping.drop.std_floor)[own]
-            advantage_NK = advantage_NK + drop_advantage(drop_NK, scale_N, self.shaping.drop.weight)
+        if shaping.drop.weight > 0:
+            scale_N = drop_scale(everyone[:, -1], scored_all_N, G, shaping.drop.std_floor)[own]
+            advantage_NK = advantage_NK + drop_advantage(drop_NK, scale_N, shaping.drop.weight)
         return spread_to_tokens(advantage_NK.masked_fill(~scored.scores.scored_N[:, None], 0.0), segment_NT)
 
     def _stop_above_limit(self, scored: ScoredBatch, scored_all_N: torch.Tensor) -> None:
@@ -167,12 +177,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
 
     def _leave_out_unscored(self, output: dict[str, Any], scored: ScoredBatch) -> None:
         """Take the tokens of unscored rows out of the loss and out of its normaliser."""
-        if bool(scored.scores.scored_N.all()):
-            keep = torch.ones(len(scored.texts), 1, dtype=torch.long)
-        else:
-            keep = scored.scores.scored_N[:, None].long()
-        if self.accelerator.gather(keep.to(self.accelerator.device)).all():
-            return
+        keep = scored.scores.scored_N[:, None].long()
         # `completion_mask` is the attention mask too, so the loss is masked by `tool_mask`.
         mask = output["completion_mask"]
         output["tool_mask"] = keep.to(mask.device) * output.get("tool_mask", torch.ones_like(mask))
