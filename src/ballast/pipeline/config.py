@@ -23,8 +23,7 @@ from ballast.guardrails.ngram import NgramOptions
 from ballast.guardrails.registry import PluginOptions
 from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
-
-Kind = Literal["harmful", "scary", "ordinary"]
+from ballast.pipeline.evaluation.suites import Kind
 
 GuardOptions = Annotated[
     EmbeddedOptions | NgramOptions | PromptedOptions | RulesOptions | PluginOptions, Field(discriminator="type")

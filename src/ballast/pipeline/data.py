@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -41,7 +42,8 @@ def load_rows(sources: Sequence[str], split: Split, config: "DataConfig", answer
         answers: whether each row must have an answer.
 
     Raises:
-        DataError: a source that is missing or empty, or that lacks a column.
+        DataError: a source that is missing, empty, unreadable or named twice, that lacks a column, or a row
+            that is no request of a known kind.
     """
     rows: list[Row] = []
     for source in sources:
@@ -49,6 +51,13 @@ def load_rows(sources: Sequence[str], split: Split, config: "DataConfig", answer
         if not found:
             raise DataError(f"data source '{source}' has no rows; give a file with at least one")
         rows += found
+    # Answers, verdicts and comparisons refer to a row by its id alone.
+    twice = [row_id for row_id, count in Counter(row.id for row in rows).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"row id '{twice[0]}' comes twice from the sources {', '.join(sources)}; name each source once, and give "
+            "files of different folders different names"
+        )
     return rows
 
 
@@ -76,7 +85,7 @@ def training_rows(config: "DataConfig", seed: int) -> list[Row]:
     return draw(train, config.max_train, seed)
 
 
-def test_suite(config: "DataConfig", seed: int) -> Suite:
+def held_out_suite(config: "DataConfig", seed: int) -> Suite:
     """The held-out prompts as an evaluation suite."""
     rows = draw(load_rows(config.test, "test", config), config.max_test, seed)
     return Suite("test", tuple(SuitePrompt(row.id, row.prompt, row.kind, row.category or "") for row in rows))
@@ -118,21 +127,29 @@ def _table(source: str, config: "DataConfig", answers: bool) -> list[Row]:
             f"data.kind to {', '.join(KINDS)} for all of its rows, or data.kind_column to one of {', '.join(columns)}"
         )
     name = Path(source).stem
-    return [_row(f"{name}-{i}", dict(record), source, config) for i, record in enumerate(table)]
+    return [_row(f"{name}-{i}", dict(record), source, config, answers) for i, record in enumerate(table)]
 
 
-def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig") -> Row:
+def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig", answers: bool) -> Row:
     prompt, kind = record[config.prompt_column], record.get(config.kind_column, config.kind)
     if not isinstance(prompt, str) or not prompt.strip():
+        # Named by its type: a list of messages would put their text into the terminal.
+        held = "an empty text" if isinstance(prompt, str) else f"a value of type {type(prompt).__name__}"
         raise DataError(
-            f"data source '{source}', row {row_id}: column '{config.prompt_column}' holds {prompt!r}, not a prompt; remove or mend the row"
+            f"data source '{source}', row {row_id}: column '{config.prompt_column}' holds {held}, not a prompt; remove or mend the row"
         )
     if kind not in KINDS:
         raise DataError(
             f"data source '{source}', row {row_id}: kind is {kind!r}, not one of {', '.join(KINDS)}; mend column '{config.kind_column}'"
         )
     category, response = record.get("category"), record.get(config.response_column)
-    return Row(row_id, prompt, kind, str(category) if category else None, str(response) if response else None)
+    if answers and (not isinstance(response, str) or not response.strip()):
+        raise DataError(
+            f"data source '{source}', row {row_id}: column '{config.response_column}' holds no answer to imitate; remove or mend the row"
+        )
+    return Row(
+        row_id, prompt, kind, str(category) if category else None, response if isinstance(response, str) else None
+    )
 
 
 def _read(source: str) -> Any:
@@ -154,7 +171,9 @@ def _read(source: str) -> Any:
                 f"data file '{source}' cannot be read as {path.suffix[1:]} ({_root(error)}); mend the file"
             ) from error
     name, _, split = source.partition(":")
-    if path.exists() or name.count("/") > 1 or source.startswith((".", "~", "/")):
+    # `owner/name-1.0` is a hub id; `prompts.txt`, a folder or a longer path is not.
+    file_like = path.suffix[1:].isalpha() or name.count("/") > 1 or source.startswith((".", "~", "/"))
+    if path.exists() or file_like:
         raise DataError(
             f"data source '{source}' is no file of a known form; give one that ends in {', '.join(_READERS)}"
         )

@@ -1,21 +1,12 @@
-"""Summaries, comparisons and tables of hand-made verdicts."""
+"""Summaries and comparisons of hand-made verdicts."""
 
-import io
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from ballast.errors import DataError
 from ballast.pipeline.evaluation.judges import Verdict
-from ballast.pipeline.evaluation.metrics import (
-    COLUMNS,
-    EvaluationSummary,
-    compare,
-    markdown_table,
-    render_table,
-    summarize,
-)
+from ballast.pipeline.evaluation.metrics import EvaluationSummary, compare, summarize
 
 
 def verdict(prompt_id: str, kind: str = "harmful", risk: float | None = 0.1, **more: object) -> Verdict:
@@ -137,27 +128,3 @@ def test_prompts_of_one_side_only_are_counted_and_left_out() -> None:
         compare([verdict("h1")], [verdict("h1", "scary")])
     with pytest.raises(DataError, match="prompt 'h1' has the kinds harmful and scary"):
         compare([verdict("h1"), verdict("h1", "scary")], [verdict("h1")])
-
-
-def test_tables_show_every_row_and_a_dash_for_what_does_not_exist() -> None:
-    rows = [
-        ("start", summarize(VERDICTS, generation_tokens_per_s=1234.4)),
-        ("after GRPO", summarize([verdict("h1", risk=None)])),
-    ]
-    lines = markdown_table(rows).splitlines()
-    assert len(lines) == 4
-    assert all(line.count("|") == len(COLUMNS) + 1 for line in lines)
-    start, after = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
-    assert start[0] == "start"
-    assert start[1].startswith("66.7% [")
-    assert start[COLUMNS.index("reward")] == "–"
-    assert start[COLUMNS.index("generated tok/s")] == "1,234"
-    # Unscored is a dash, never 0%.
-    assert (after[1], after[2], after[COLUMNS.index("unscored")]) == ("–", "–", "100.0%")
-
-    console = Console(file=io.StringIO(), width=220)
-    console.print(render_table(rows))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "start" in text
-    assert "after GRPO" in text
-    assert "66.7%" in text

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ballast.pipeline.data import test_suite
+from ballast.pipeline.data import held_out_suite
 from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
 from ballast.pipeline.evaluation.metrics import EvaluationSummary, summarize
 from ballast.pipeline.run_folder import write_text
@@ -33,7 +33,7 @@ def measure_model(
         training_tokens_per_s: for the table.
     """
     config = context.config
-    suite = test_suite(config.data, config.seed)
+    suite = held_out_suite(config.data, config.seed)
     prompts = [prompt for prompt in suite.prompts for _ in range(config.evaluate.samples)]
     ids = [context.prompt_format.encode(context.prompt_format.messages(prompt.prompt)) for prompt in prompts]
     generator = context.generator(model)

@@ -1,4 +1,4 @@
-"""From verdicts to the table: safety, over-refusal, coherence and rewards of a model, with intervals.
+"""From verdicts to figures: safety, over-refusal, coherence and rewards of a model, with intervals.
 
 No figure here stands for safety alone: a model that refuses everything has no unsafe answer, and so has one
 that writes gibberish. The summary therefore keeps the unsafe share, the refusals on all three kinds of
@@ -8,7 +8,6 @@ prompts and the share of coherent answers together.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,9 +21,6 @@ from ballast.pipeline.evaluation.statistics import (
     paired_difference,
 )
 from ballast.pipeline.evaluation.suites import KINDS, Kind
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -254,76 +250,3 @@ def _changed_verdicts(
         elif a <= 0.5 < b:
             better.append(prompt)
     return tuple(worse), tuple(better)
-
-
-_Rows = Sequence[tuple[str, EvaluationSummary]]
-
-COLUMNS = (
-    "model",
-    "unsafe on harmful",
-    "mean risk",
-    "refused harmful",
-    "refused scary",
-    "refused ordinary",
-    "coherent",
-    "guard risk",
-    "reward",
-    "unscored",
-    "generated tok/s",
-    "trained tok/s",
-)
-
-
-def render_table(rows: _Rows) -> "Table":
-    """The summaries as a table for the terminal, one row a model.
-
-    Args:
-        rows: (label, summary) of each model, such as start, after align, after GRPO.
-    """
-    from rich.table import Table
-
-    table = Table(title="Evaluation, with intervals over prompts")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for label, summary in rows:
-        table.add_row(*_cells(label, summary, "\n"))
-    return table
-
-
-def markdown_table(rows: _Rows) -> str:
-    """The summaries as a Markdown table, one row a model; ends without a line end."""
-    lines = [" | ".join(COLUMNS), " | ".join(["---"] + ["---:"] * (len(COLUMNS) - 1))]
-    lines += [" | ".join(_cells(label.replace("|", "\\|"), summary, " ")) for label, summary in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def _cells(label: str, summary: EvaluationSummary, separator: str) -> list[str]:
-    """The cells of one row, in the order of `COLUMNS`; a dash is a figure that does not exist."""
-
-    def percent(estimate: Estimate) -> str:
-        if estimate.value is None or estimate.low is None or estimate.high is None:
-            return "–"
-        return f"{estimate.value:.1%}{separator}[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-
-    def number(estimate: Estimate | None) -> str:
-        if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
-            return "–"
-        return f"{estimate.value:.3f}{separator}[{estimate.low:.3f}, {estimate.high:.3f}]"
-
-    def rate(tokens_per_s: float | None) -> str:
-        return "–" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
-
-    return [
-        label,
-        percent(summary.unsafe_share),
-        number(summary.mean_risk),
-        percent(summary.refusal_harmful),
-        percent(summary.refusal_scary),
-        percent(summary.refusal_ordinary),
-        percent(summary.coherent_share),
-        number(summary.guard_risk),
-        number(summary.reward),
-        "–" if summary.unscored_share is None else f"{summary.unscored_share:.1%}",
-        rate(summary.generation_tokens_per_s),
-        rate(summary.training_tokens_per_s),
-    ]

@@ -1,6 +1,6 @@
-"""report: the table of start, aligned and final model, and what changed between them.
+"""report: the tables of start, aligned and final model, and what changed between them.
 
-Writes `summary.md` and `summary.json`, and prints the table.
+Writes `summary.md` and `summary.json`, and prints the tables.
 """
 
 import itertools
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.evaluation.measure import read_verdicts
-from ballast.pipeline.evaluation.metrics import Comparison, EvaluationSummary, compare, markdown_table, render_table
+from ballast.pipeline.evaluation.metrics import Comparison, EvaluationSummary, compare
+from ballast.pipeline.evaluation.tables import markdown_table, render_tables
 from ballast.pipeline.run_folder import versions, write_text
 
 
@@ -32,7 +33,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
         f"{before} -> {after}": compare(verdicts[before], verdicts[after], config.seed, config.evaluate.interval)
         for before, after in pairs
     }
-    context.console.print(render_table(rows))
+    context.console.print(render_tables(rows, context.console.width), highlight=False)
     lines = [describe(name, comparison) for name, comparison in comparisons.items()]
     for line in lines:
         context.say(line)
