@@ -188,10 +188,15 @@ def _repack_tied_head(model: Any) -> None:
     from vllm.platforms import current_platform
 
     head, inner = getattr(model, "lm_head", None), getattr(model, "model", None)
-    tied = head is not None and head is getattr(inner, "embed_tokens", None)
-    if tied and current_platform.is_cpu() and isinstance(getattr(head, "weight", None), torch.Tensor):
+    embedding = getattr(inner, "embed_tokens", None)
+    if not current_platform.is_cpu() or not getattr(model.config, "tie_word_embeddings", False):
+        return
+    if isinstance(getattr(head, "weight", None), torch.Tensor) and isinstance(
+        getattr(embedding, "weight", None), torch.Tensor
+    ):
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
+        head.weight = embedding.weight
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
