@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a Ballast error; 2 what the user gave cannot be used; 130 interrupted. An error that
 Ballast raises on purpose is shown without its traceback; `BALLAST_TRACEBACK=1` adds it. Any other exception
-keeps its traceback: it is a fault of the program.
+keeps its traceback: it is a fault of the program. `BALLAST_VERBOSE=1` shows what the libraries say, too.
 """
 
 import os
@@ -95,6 +95,11 @@ def _execute(path: str, overrides: list[str] | None, stages: list[str] | None, d
     from ballast.pipeline.config_loading import config_hash, dump_config, load_config
 
     config = load_config(path, overrides or [])
+    if not dry_run:
+        # Before the stages bring in the libraries, which look at their settings once.
+        from ballast.pipeline.quiet import quiet_libraries
+
+        quiet_libraries()
     from ballast.pipeline import run
 
     if dry_run:

@@ -4,7 +4,7 @@ A part is made when a stage first asks for it, and kept: one vLLM engine serves 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class RunContext:
         """The vLLM engine; only where `generation.type` is vllm."""
         options = self.config.generation
         assert not isinstance(options, TransformersGeneration)
-        with self.console.status("starting vLLM"):
+        with self.busy("starting vLLM"):
             return VLLMEngine(self.start_model, options, self.config.model.dtype, self.config.seed)
 
     def generator(self, model: str) -> Generator:
@@ -98,7 +98,7 @@ class RunContext:
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Report]:
-        """A progress bar; the block gets a function that adds to it."""
+        """A progress bar, gone at the end; the block gets a function that adds to it. Silent outside a terminal."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -106,13 +106,20 @@ class RunContext:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        # A live display writes blank lines into a log file.
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
 
+    @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """A spinner while the block runs, gone at the end. Silent outside a terminal."""
+        with self.console.status(label) if self.console.is_terminal else nullcontext():
+            yield
+
     def say(self, text: str) -> None:
         """One line to the terminal. Never the text of a prompt or a completion."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         """Free the engine."""

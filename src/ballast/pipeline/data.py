@@ -155,7 +155,6 @@ def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig",
 def _read(source: str) -> Any:
     import datasets
 
-    datasets.disable_progress_bars()
     path = Path(source).expanduser()
     if path.suffix in _READERS:
         if not path.is_file():

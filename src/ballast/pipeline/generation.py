@@ -145,6 +145,8 @@ class TransformersGenerator:
                 attention_mask=mask,
                 max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=pad,
+                # A model folder may carry a penalty of its own; vLLM and the trainer's ratio know none.
+                repetition_penalty=1.0,
                 **settings,
             )
         return [self._read(row) for row in output[:, width:].tolist()]
@@ -160,7 +162,7 @@ class TransformersGenerator:
         """See `Generator.load_folder`."""
         from transformers import AutoModelForCausalLM
 
-        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype)
+        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype, use_safetensors=True)
         self.model.load_state_dict(fresh.state_dict())
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ballast.errors import DataError, ModelError
+from ballast.errors import DataError, ModelError, UserError
 from ballast.guardrails.types import Message
 
 # Fixed conversations whose token ids identify a format; special tokens inside the text are part of the test.
@@ -60,6 +60,7 @@ class PromptFormat:
         Raises:
             DataError: the text holds a special token's name, and this template rewrites its text in a way that
                 hides which is which.
+            ModelError: the template takes no such conversation, for example none with a system message.
         """
         turns = self._with_system(list(messages))
         rendered = self._render(turns)
@@ -69,9 +70,19 @@ class PromptFormat:
 
     def fingerprint(self) -> str:
         """sha256 over the token ids of fixed probe conversations, the stop token and the system prompt."""
-        ids = [self.encode(probe) for probe in _PROBES]
-        record = {"ids": ids, "eos": self.tokenizer.eos_token_id, "system_prompt": self.system_prompt}
+        record = {
+            "ids": [self._probe(probe) for probe in _PROBES],
+            "eos": self.tokenizer.eos_token_id,
+            "system_prompt": self.system_prompt,
+        }
         return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+    def _probe(self, probe: Sequence[Message]) -> list[int] | str:
+        # That a format refuses a conversation is a part of what it is.
+        try:
+            return self.encode(probe)
+        except UserError as error:
+            return type(error).__name__
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         if self.system_prompt is None or (turns and turns[0]["role"] == "system"):
@@ -79,7 +90,16 @@ class PromptFormat:
         return [{"role": "system", "content": self.system_prompt}, *turns]
 
     def _render(self, turns: Sequence[Message]) -> str:
-        text: str = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            system = "; leave prompting.system_prompt unset if it takes no system message" if self.system_prompt else ""
+            raise ModelError(
+                f"the chat template of '{self.tokenizer.name_or_path}' refuses a conversation with the roles "
+                f"{', '.join(turn['role'] for turn in turns)} ({type(error).__name__}: {error}){system}"
+            ) from error
         return text
 
     def _ids(self, text: str, split_special_tokens: bool) -> list[int]:

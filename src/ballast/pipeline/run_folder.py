@@ -82,13 +82,26 @@ class RunFolder:
 
     @contextmanager
     def writing(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[Path]:
-        """A scratch folder that becomes the stage's folder when the block ends without an error."""
+        """A scratch folder that becomes the stage's folder when the block ends without an error.
+
+        Raises:
+            ConfigError: something else is where the stage's folder belongs.
+        """
         target, scratch = self.path / name, self.path / f"{name}.partial"
+        if target.exists():
+            raise ConfigError(
+                f"'{target}' is in the way: it holds no record.json, so stage '{name}' did not write it; move it away, "
+                "or choose another name="
+            )
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         started = time.time()
         self.log({"event": "stage_started", "stage": name})
-        yield scratch
+        try:
+            yield scratch
+        except BaseException as error:
+            self.log({"event": "stage_failed", "stage": name, "error": type(error).__name__})
+            raise
         seconds = time.time() - started
         record = {
             "stage": name,

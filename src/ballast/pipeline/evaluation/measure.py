@@ -40,12 +40,14 @@ def measure_model(
     started = time.perf_counter()
     with context.progress(f"{label}: answering", len(ids)) as done:
         answers = generator.generate(ids, config.evaluate.sampling, config.seed, done)
-    tokens_per_s = sum(len(answer.ids) for answer in answers) / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    tokens_per_s = sum(len(answer.ids) for answer in answers) / seconds
+    context.say(f"  {label}: {len(answers)} answers in {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s")
     completions = [
         Completion(prompt.id, prompt.prompt, prompt.kind, answer.text, answer.truncated, i % config.evaluate.samples)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
-    with context.console.status(f"{label}: judging"):
+    with context.busy(f"{label}: judging"):
         verdicts = judge_completions(completions, context.judge, threshold=config.evaluate.threshold)
         guard_risk, reward = _rewards(context, completions, answers)
     summary = summarize(
@@ -74,7 +76,9 @@ def _rewards(
 
     config, ids = context.config, [answer.ids for answer in answers]
     star = GuardReward(context.guard, context.tokenizer, config.segments, config.shaping.clean_trace)(
-        [c.prompt for c in completions], ids
+        # The conversation as training shows it to the guard, system message included.
+        [context.prompt_format.messages(c.prompt) for c in completions],
+        ids,
     )
     refusal = RefusalReward(context.tokenizer)(completion_ids=ids, kind=[c.kind for c in completions])
     fluent = CoherenceReward(context.tokenizer)(completion_ids=ids)

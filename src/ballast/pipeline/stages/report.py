@@ -8,6 +8,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.markup import escape
+
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.evaluation.measure import read_verdicts
 from ballast.pipeline.evaluation.metrics import Comparison, EvaluationSummary, compare
@@ -37,7 +39,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     lines = [describe(name, comparison) for name, comparison in comparisons.items()]
     for line in lines:
         context.say(line)
-    context.say(f"Answers, risks and this table: {context.folder.path}")
+    context.say(f"Answers, risks and these tables: {escape(str(context.folder.path))}")
     summary = {
         "seed": config.seed,
         "rows": {label: asdict(summary) for label, summary in rows},
