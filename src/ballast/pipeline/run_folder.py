@@ -16,6 +16,7 @@ import json
 import platform
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,7 @@ class RunFolder:
         seconds = time.time() - started
         record = {
             "stage": name,
+            "id": uuid.uuid4().hex,  # two runs of a stage never have the same record, however alike
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
             "seconds": round(seconds, 2),
             "settings": dict(settings),

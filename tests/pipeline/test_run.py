@@ -1,0 +1,216 @@
+"""The stage graph: what is run, what is kept, and what is refused before anything is run."""
+
+import io
+import json
+import os
+import sys
+import types
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ballast.errors import ConfigError, DataError, EngineError
+from ballast.pipeline import cli
+from ballast.pipeline.config_loading import load_config
+from ballast.pipeline.context import RunContext
+from ballast.pipeline.run import STAGES, run
+
+ORDER = [name for name, stage in STAGES.items() if stage.in_run]
+
+
+class Stages:
+    """Stands in for the modules of all stages: counts calls, and fails where it is told to."""
+
+    def __init__(self):
+        self.calls = []
+        self.fails = {}
+
+    def module(self, name):
+        def run_stage(context, folder):
+            self.calls.append(name)
+            (folder / "out.txt").write_text(f"{name}, call {len(self.calls)}")
+            if name in self.fails:
+                raise self.fails[name]
+
+        return types.SimpleNamespace(run_stage=run_stage)
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    fakes = Stages()
+    for name in STAGES:
+        monkeypatch.setitem(sys.modules, f"ballast.pipeline.stages.{name}", fakes.module(name))
+    return fakes
+
+
+@pytest.fixture
+def configured(tmp_path):
+    def build(*overrides):
+        return load_config("demo", [f"out={json.dumps(str(tmp_path))}", "name=one", *overrides])
+
+    return build
+
+
+def go(config, stages=None, resume=False):
+    """A run whose terminal is kept; gives what was shown."""
+    context = RunContext(config, Console(file=io.StringIO(), width=200))
+    run(config, stages, resume, context)
+    return context.console.file.getvalue()
+
+
+def test_a_run_does_every_stage_in_order(stages, configured):
+    go(configured())
+    assert stages.calls == ORDER == ["baseline", "align", "train", "evaluate", "report"]
+
+
+def test_a_finished_stage_is_not_done_again(stages, configured, tmp_path):
+    go(configured())
+    before = (tmp_path / "one" / "train" / "record.json").read_bytes()
+    shown = go(configured())
+    assert stages.calls == ORDER
+    assert shown.splitlines() == [f"{name}: done before, kept" for name in ORDER]
+    assert (tmp_path / "one" / "train" / "record.json").read_bytes() == before
+
+
+def test_one_stage_alone_runs_alone(stages, configured):
+    go(configured(), ["baseline"])
+    assert stages.calls == ["baseline"]
+
+
+def test_every_stage_records_what_it_depends_on(stages, configured, tmp_path):
+    go(configured())
+    for name in ORDER:
+        record = json.loads((tmp_path / "one" / name / "record.json").read_text())
+        assert set(record["settings"]) == set(STAGES[name].reads)
+        assert set(record["inputs"]) == set(STAGES[name].needs)
+    assert load_config(str(tmp_path / "one" / "config.yaml"), []) == configured()
+
+
+def test_a_failed_stage_is_not_done_and_needs_resume(stages, configured, tmp_path):
+    stages.fails["train"] = EngineError("planted")
+    with pytest.raises(EngineError):
+        go(configured())
+    assert stages.calls == ["baseline", "align", "train"]
+    assert not (tmp_path / "one" / "train").exists()
+    del stages.fails["train"]
+    with pytest.raises(ConfigError, match="holds an unfinished stage 'train'; add --resume"):
+        go(configured())
+    assert len(stages.calls) == 3
+    go(configured(), resume=True)
+    assert stages.calls[3:] == ["train", "evaluate", "report"]
+
+
+def test_every_line_of_metrics_is_json_after_a_failure_too(stages, configured, tmp_path):
+    stages.fails["align"] = ValueError("planted")
+    with pytest.raises(ValueError, match="planted"):
+        go(configured())
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["stage"]) for line in lines] == [
+        ("stage_started", "baseline"),
+        ("stage_finished", "baseline"),
+        ("stage_started", "align"),
+        ("stage_failed", "align"),
+    ]
+
+
+def test_a_changed_configuration_is_refused_by_the_keys_that_a_stage_reads(stages, configured):
+    go(configured())
+    # The baseline does not depend on train.steps: it is kept, and the refusal comes from `train`.
+    with pytest.raises(ConfigError, match=r"holds stage 'train' from another configuration \(train\.steps was"):
+        go(configured("train.steps=7"))
+    with pytest.raises(ConfigError, match=r"holds stage 'baseline' .*\(seed was 0, is 9\)"):
+        go(configured("seed=9"))
+    assert stages.calls == ORDER
+
+
+def test_a_stage_whose_input_was_made_again_is_refused(stages, configured, tmp_path):
+    go(configured())
+    for name in ("align", "train"):
+        for file in (tmp_path / "one" / name).iterdir():
+            file.unlink()
+        (tmp_path / "one" / name).rmdir()
+    go(configured(), ["align", "train"])
+    with pytest.raises(ConfigError, match="stage 'align' was run again after 'evaluate'"):
+        go(configured())
+
+
+def test_a_stage_whose_input_is_missing_names_the_command(stages, configured):
+    with pytest.raises(DataError, match=r"stage 'train' needs stage 'align'.*run `ballast align CONFIG` first"):
+        go(configured(), ["train"])
+    assert stages.calls == []
+
+
+def test_align_is_skipped_where_it_is_switched_off_and_refused_where_it_is_asked_for(stages, configured, tmp_path):
+    config = configured("align.enabled=false")
+    with pytest.raises(ConfigError, match=r"switched off .*align\.enabled=true"):
+        go(config, ["align"])
+    go(config)
+    assert stages.calls == ["baseline", "train", "evaluate", "report"]
+    assert set(json.loads((tmp_path / "one" / "train" / "record.json").read_text())["inputs"]) == set()
+
+
+def test_an_unknown_stage_is_refused_with_those_there_are(stages, configured):
+    with pytest.raises(ConfigError, match="no stage 'trian'; there are baseline, align"):
+        run(configured(), ["trian"])
+
+
+def test_a_run_folder_that_is_a_file_or_cannot_be_written_is_refused(stages, configured, tmp_path):
+    (tmp_path / "one").write_text("I am a file")
+    with pytest.raises(ConfigError, match="is a file; choose another name= or out="):
+        go(configured())
+    with pytest.raises(ConfigError, match="cannot be written"):
+        go(configured("name=below", f"out={json.dumps(str(tmp_path / 'one'))}"))
+    assert stages.calls == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(stages, configured, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ConfigError, match="cannot be written .Permission denied.; choose another out="):
+            go(configured())
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_context_of_its_own_is_closed_after_a_failure(stages, configured, monkeypatch):
+    closed = []
+    monkeypatch.setattr(RunContext, "close", lambda self: closed.append(self))
+    stages.fails["baseline"] = ValueError("planted")
+    with pytest.raises(ValueError, match="planted"):
+        run(configured())
+    assert len(closed) == 1
+
+
+# ------------------------------------------------------------------- the same through the command line
+
+
+def invoke(tmp_path, *words):
+    return CliRunner().invoke(cli.app, [*words, f"out={json.dumps(str(tmp_path))}", "name=one"])
+
+
+def test_the_command_exits_with_2_for_what_the_user_can_mend(stages, tmp_path):
+    assert invoke(tmp_path, "run", "demo").exit_code == 0
+    for words in (("run", "demo", "seed=9"), ("run", "absent"), ("run", "demo", "--stage", "nonsense")):
+        result = invoke(tmp_path, *words)
+        assert (result.exit_code, "Traceback" in result.stderr) == (2, False), words
+    alone = CliRunner().invoke(cli.app, ["train", "demo", f"out={json.dumps(str(tmp_path))}", "name=two"])
+    assert alone.exit_code == 2
+    assert "run `ballast align CONFIG` first" in " ".join(alone.stderr.split())
+
+
+def test_the_command_exits_with_1_for_a_failure_and_resumes(stages, tmp_path):
+    stages.fails["train"] = EngineError("vLLM did not start")
+    assert invoke(tmp_path, "run", "demo").exit_code == 1
+    stages.fails.clear()
+    assert invoke(tmp_path, "run", "demo").exit_code == 2
+    assert invoke(tmp_path, "run", "demo", "--resume").exit_code == 0
+
+
+def test_an_interrupted_command_exits_with_130_and_goes_on_with_resume(stages, tmp_path):
+    stages.fails["evaluate"] = KeyboardInterrupt()
+    assert invoke(tmp_path, "run", "demo").exit_code == 130
+    stages.fails.clear()
+    assert invoke(tmp_path, "run", "demo", "--resume").exit_code == 0
+    assert stages.calls[-3:] == ["evaluate", "evaluate", "report"]

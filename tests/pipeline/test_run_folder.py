@@ -1,0 +1,102 @@
+"""The run folder: what is whole is kept, what is half-written is never taken for done."""
+
+import json
+
+import pytest
+
+from ballast.errors import ConfigError, DataError
+from ballast.pipeline.run_folder import RunFolder, write_text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "run")
+
+
+def make(folder, name, settings=None, inputs=None, content="made"):
+    with folder.writing(name, settings or {}, inputs or {}) as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "sub" / "out.txt").write_text(content)
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stage_appears_whole_with_its_record(folder):
+    make(folder, "train", {"seed": 3, "train": {"steps": 2}}, {"align": "abc"})
+    record = folder.record("train")
+    assert set(record) == {"stage", "id", "started", "seconds", "settings", "inputs", "outputs", "versions"}
+    assert (record["stage"], record["inputs"], record["outputs"]) == ("train", {"align": "abc"}, ["sub/out.txt"])
+    assert record["settings"] == {"seed": 3, "train": {"steps": 2}}
+    assert record["seconds"] >= 0
+    assert record["started"].endswith("Z")
+    assert {"python", "torch", "transformers", "trl"} <= set(record["versions"])
+    assert (folder.stage("train") / "sub" / "out.txt").read_text() == "made"
+    assert not list(folder.path.glob("*.partial"))
+
+
+def test_a_stage_that_fails_leaves_a_partial_folder_that_is_not_done(folder):
+    with pytest.raises(RuntimeError, match="planted"), folder.writing("train", {}, {}) as scratch:
+        (scratch / "half.txt").write_text("half")
+        raise RuntimeError("planted")
+    assert not folder.has("train")
+    assert not (folder.path / "train").exists()
+    assert (folder.path / "train.partial" / "half.txt").exists()
+    with pytest.raises(DataError, match="stage 'train' of run .* is not done; run `ballast train CONFIG` first"):
+        folder.stage("train")
+
+
+def test_a_stage_begun_again_holds_nothing_of_the_failed_one(folder):
+    with pytest.raises(RuntimeError), folder.writing("train", {}, {}) as scratch:
+        (scratch / "half.txt").write_text("half")
+        raise RuntimeError
+    make(folder, "train")
+    assert folder.record("train")["outputs"] == ["sub/out.txt"]
+    assert not (folder.path / "train.partial").exists()
+
+
+def test_what_happened_to_a_stage_is_a_json_line_each(folder):
+    with pytest.raises(KeyboardInterrupt), folder.writing("train", {}, {}):
+        raise KeyboardInterrupt
+    make(folder, "train")
+    assert [(e["event"], e["stage"]) for e in events(folder)] == [
+        ("stage_started", "train"),
+        ("stage_failed", "train"),
+        ("stage_started", "train"),
+        ("stage_finished", "train"),
+    ]
+    assert events(folder)[1]["error"] == "KeyboardInterrupt"
+    assert all(e["time"] > 0 for e in events(folder))
+
+
+def test_a_foreign_folder_of_a_stages_name_is_left_alone(folder):
+    (folder.path / "train").mkdir(parents=True)
+    (folder.path / "train" / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="is in the way"):
+        make(folder, "train")
+    assert (folder.path / "train" / "mine.txt").read_text() == "keep"
+
+
+def test_changed_settings_are_named_by_key_with_both_values(folder):
+    make(folder, "train", {"seed": 0, "train": {"steps": 2, "beta": 0.0}})
+    folder.check_unchanged("train", {"seed": 0, "train": {"steps": 2, "beta": 0.0}}, {})
+    with pytest.raises(ConfigError, match=r"\(seed was 0, is 1; train\.steps was 2, is 5\)"):
+        folder.check_unchanged("train", {"seed": 1, "train": {"steps": 5, "beta": 0.0}}, {})
+
+
+def test_an_input_that_was_made_again_is_named(folder):
+    make(folder, "align", {"seed": 0})
+    inputs = {"align": folder.digest("align")}
+    make(folder, "train", {}, inputs)
+    folder.check_unchanged("train", {}, inputs)
+    with pytest.raises(ConfigError, match="stage 'align' was run again after 'train'"):
+        folder.check_unchanged("train", {}, {"align": "another digest"})
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "first")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "second, then a lone surrogate \ud800")
+    assert path.read_text() == "first"
