@@ -195,6 +195,10 @@ class TrainConfig(Component):
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = Field(
         "dapo", description="TRL's policy loss; vespo and luspo are wrong with per-token advantages"
     )
+    importance_sampling: bool = Field(
+        True,
+        description="correct for the difference between vLLM's log-probs and the trainer's, token by token; costs a forward",
+    )
     sampling: SamplingConfig = SamplingConfig()
     lora: LoraConfig = LoraConfig()
     max_unscored_share: float = Field(

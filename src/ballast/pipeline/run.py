@@ -36,7 +36,7 @@ STAGES: dict[str, Stage] = {
     "baseline": Stage(needs=(), reads=_MEASURED),
     "align": Stage(needs=(), reads=(*_POLICY, "align")),
     "rollout": Stage(needs=("align",), reads=(*_POLICY, "align", "generation", "rollout"), in_run=False),
-    "score": Stage(needs=("rollout",), reads=("guard", "segments"), in_run=False),
+    "score": Stage(needs=("rollout",), reads=("prompting", "guard", "segments", "shaping"), in_run=False),
     "train": Stage(
         needs=("align",), reads=(*_POLICY, "align", "generation", "guard", "segments", "shaping", "rewards", "train")
     ),

@@ -37,7 +37,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
         per_device_train_batch_size=settings.batch_size,
         max_length=settings.max_length,
         completion_only_loss=True,
-        bf16=False,  # the weights carry the precision of `model.dtype`
+        bf16=config.model.dtype == "bfloat16",  # autocast: the adapter's weights stay in fp32
         gradient_checkpointing=False,
         logging_steps=5,
         save_strategy="no",

@@ -101,9 +101,11 @@ def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> 
         reward_weights=[config.rewards.star, config.rewards.refusal, config.rewards.coherence, *[1.0] * n_user_rewards],
         use_vllm=isinstance(config.generation, VLLMGeneration),
         vllm_mode="colocate",
+        vllm_importance_sampling_correction=settings.importance_sampling,
         # The default drops whole sequences by the sum of their log-prob differences.
         vllm_importance_sampling_mode="token_truncate",
-        bf16=False,  # the weights carry the precision of `model.dtype`
+        # Autocast: the adapter's weights stay in fp32, its products run in the precision of the base.
+        bf16=config.model.dtype == "bfloat16",
         gradient_checkpointing=False,
         logging_steps=1,
         log_completions=False,

@@ -1,0 +1,36 @@
+"""score: the guard's risk at every cut of every rollout.
+
+Writes `scores.parquet`: the columns of `rollouts.parquet`, and cuts, risk (null where unscored),
+unscored_reason, lowest_star (null where unscored).
+"""
+
+from pathlib import Path
+
+from ballast.pipeline.context import RunContext
+
+_BATCH = 64
+
+
+def run_stage(context: RunContext, folder: Path) -> None:
+    """Score the rollouts in batches."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ballast.rewards.guard_reward import GuardReward
+
+    config = context.config
+    rows = pq.read_table(context.folder.stage("rollout") / "rollouts.parquet").to_pylist()
+    reward = GuardReward(context.guard, context.tokenizer, config.segments, config.shaping.clean_trace)
+    table = []
+    with context.progress("score: judging", len(rows)) as done:
+        for start in range(0, len(rows), _BATCH):
+            batch = rows[start : start + _BATCH]
+            prompts = [context.prompt_format.messages(row["prompt"]) for row in batch]
+            scored = reward.score(prompts, [row["token_ids"] for row in batch])
+            for row, trace, star in zip(batch, scored.traces, scored.lowest_star_N.tolist(), strict=True):
+                judged = {"cuts": list(trace.cuts), "risk": list(trace.risk), "unscored_reason": trace.reason}
+                table.append({**row, **judged, "lowest_star": None if star != star else star})
+            done(len(batch))
+    unscored = sum(row["lowest_star"] is None for row in table)
+    context.say(f"  {len(table)} completions scored, {unscored} unscored")
+    pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
