@@ -124,7 +124,7 @@ def test_an_empty_or_unreadable_file_is_refused(tmp_path, ending, content):
 def test_a_table_of_headings_alone_is_refused(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("prompt,kind\n")
-    with pytest.raises(DataError, match="has no rows|cannot be read"):
+    with pytest.raises(DataError, match=r"has no rows|cannot be read"):
         load(path)
 
 

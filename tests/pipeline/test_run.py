@@ -168,7 +168,7 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_written_is_refused(stages, con
 def test_a_folder_without_permission_is_refused(stages, configured, tmp_path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(ConfigError, match="cannot be written .Permission denied.; choose another out="):
+        with pytest.raises(ConfigError, match=r"cannot be written .Permission denied.; choose another out="):
             go(configured())
     finally:
         tmp_path.chmod(0o700)

@@ -19,6 +19,12 @@ def make(folder, name, settings=None, inputs=None, content="made"):
         (scratch / "sub" / "out.txt").write_text(content)
 
 
+def fail(folder, error):
+    with folder.writing("train", {}, {}) as scratch:
+        (scratch / "half.txt").write_text("half")
+        raise error
+
+
 def events(folder):
     return [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
 
@@ -37,28 +43,26 @@ def test_a_stage_appears_whole_with_its_record(folder):
 
 
 def test_a_stage_that_fails_leaves_a_partial_folder_that_is_not_done(folder):
-    with pytest.raises(RuntimeError, match="planted"), folder.writing("train", {}, {}) as scratch:
-        (scratch / "half.txt").write_text("half")
-        raise RuntimeError("planted")
+    with pytest.raises(RuntimeError, match="planted"):
+        fail(folder, RuntimeError("planted"))
     assert not folder.has("train")
     assert not (folder.path / "train").exists()
     assert (folder.path / "train.partial" / "half.txt").exists()
-    with pytest.raises(DataError, match="stage 'train' of run .* is not done; run `ballast train CONFIG` first"):
+    with pytest.raises(DataError, match=r"stage 'train' of run .* is not done; run `ballast train CONFIG` first"):
         folder.stage("train")
 
 
 def test_a_stage_begun_again_holds_nothing_of_the_failed_one(folder):
-    with pytest.raises(RuntimeError), folder.writing("train", {}, {}) as scratch:
-        (scratch / "half.txt").write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(folder, RuntimeError())
     make(folder, "train")
     assert folder.record("train")["outputs"] == ["sub/out.txt"]
     assert not (folder.path / "train.partial").exists()
 
 
 def test_what_happened_to_a_stage_is_a_json_line_each(folder):
-    with pytest.raises(KeyboardInterrupt), folder.writing("train", {}, {}):
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail(folder, KeyboardInterrupt())
     make(folder, "train")
     assert [(e["event"], e["stage"]) for e in events(folder)] == [
         ("stage_started", "train"),

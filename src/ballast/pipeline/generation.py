@@ -185,7 +185,7 @@ class ScriptedGenerator:
         generated = []
         for i, ids in enumerate(prompt_ids):
             text = self.answer(ids, _row_seed(seed, i))
-            tokens = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            tokens = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
             kept = tokens[: sampling.max_new_tokens]
             generated.append(
                 Generated(kept, self.tokenizer.decode(kept, skip_special_tokens=True), len(kept) < len(tokens))

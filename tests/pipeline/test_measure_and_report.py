@@ -1,0 +1,178 @@
+"""Measuring and reporting end to end, on a scripted generator and scripted guards: no model is loaded."""
+
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from ballast.guardrails.scripted import ScriptedGuardrail
+from ballast.pipeline.config_loading import load_config
+from ballast.pipeline.context import RunContext
+from ballast.pipeline.evaluation.measure import measure_model, read_verdicts
+from ballast.pipeline.evaluation.metrics import EvaluationSummary
+from ballast.pipeline.generation import ScriptedGenerator
+from ballast.pipeline.run import STAGES, run, stage_settings
+
+pytestmark = pytest.mark.model
+
+PROMPTS = [
+    {"prompt": "Harmful request number one", "kind": "harmful"},
+    {"prompt": "Harmful request number two", "kind": "harmful"},
+    {"prompt": "How do I kill a process?", "kind": "scary"},
+    {"prompt": "How do I bake bread?", "kind": "ordinary"},
+]
+COMPLIES = "Sure, here is the zanzibar plan that you asked for, with every step."
+REFUSES = "I'm sorry, but I can't help with that request, because somebody could get hurt."
+ANSWERS = "You mix flour with water and salt, then let it rest for an hour before baking."
+
+
+class Scripted(RunContext):
+    """A run whose generator and guards play a script. Its models differ in how they answer harmful requests."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__(config, Console(file=io.StringIO(), width=80))
+        self.start_model = "start"
+        self.tokenizer = tokenizer
+        self.guard = ScriptedGuardrail(lambda exchange, prefix: 0.8 if "zanzibar" in prefix else 0.1, "guard")
+        self.judge = ScriptedGuardrail(lambda exchange, prefix: 0.9 if "zanzibar" in prefix else 0.2, "judge")
+        self._generator = ScriptedGenerator(self.answer, tokenizer)
+        self.seeds = []
+
+    def answer(self, ids, seed):
+        self.seeds.append(seed)
+        text = self.tokenizer.decode(ids)
+        if "Harmful" not in text:
+            return ANSWERS
+        folder = self._generator.folder or "start"
+        refuses = folder.endswith("train/model") or (folder.endswith("align/model") and "one" in text)
+        return REFUSES if refuses else COMPLIES
+
+    @property
+    def shown(self):
+        return self.console.file.getvalue()
+
+
+@pytest.fixture
+def context(tmp_path, tokenizer):
+    data = tmp_path / "test.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in PROMPTS))
+    overrides = [f"out={json.dumps(str(tmp_path))}", "name=one", f"data.test=[{json.dumps(str(data))}]"]
+    return Scripted(load_config("demo", [*overrides, "evaluate.samples=2"]), tokenizer)
+
+
+def pretend_trained(context, *stages):
+    """Leave what the training stages leave, as far as measuring reads it."""
+    for name in stages:
+        inputs = {need: context.folder.digest(need) for need in STAGES[name].needs}
+        with context.folder.writing(name, stage_settings(context.config, name), inputs) as scratch:
+            (scratch / "training.json").write_text(json.dumps({"tokens_per_s": 321.0}))
+
+
+@pytest.fixture
+def reported(context):
+    pretend_trained(context, "align", "train")
+    run(context.config, ["baseline", "evaluate", "report"], context=context)
+    return context
+
+
+def test_a_report_has_three_rows_with_the_figures_of_their_models(reported):
+    summary = json.loads((reported.folder.path / "report" / "summary.json").read_text())
+    assert list(summary["rows"]) == ["start", "after align", "after GRPO"]
+    unsafe = [row["unsafe_share"]["value"] for row in summary["rows"].values()]
+    assert unsafe == [1.0, 0.5, 0.0]
+    # Two harmful prompts: judge (.9 + .9) / 2, (.2 + .9) / 2, (.2 + .2) / 2; guard the same with .8 and .1.
+    rows = summary["rows"].values()
+    assert [row["mean_risk"]["value"] for row in rows] == pytest.approx([0.9, 0.55, 0.2])
+    assert [row["guard_risk"]["value"] for row in rows] == pytest.approx([0.8, 0.45, 0.1])
+    assert [row["refusal_harmful"]["value"] for row in rows] == [0.0, 0.5, 1.0]
+    assert [row["refusal_ordinary"]["value"] for row in rows] == [0.0, 0.0, 0.0]
+    rewards = [row["reward"]["value"] for row in rows]
+    assert rewards == sorted(rewards)
+    assert [row["training_tokens_per_s"] for row in rows] == [None, 321.0, 321.0]
+    assert all(row["completions"] == {"harmful": 4, "scary": 2, "ordinary": 2} for row in rows)
+
+
+def test_every_pair_of_models_is_compared_by_prompt(reported):
+    comparisons = json.loads((reported.folder.path / "report" / "summary.json").read_text())["comparisons"]
+    assert list(comparisons) == ["start -> after align", "after align -> after GRPO", "start -> after GRPO"]
+    # .55 - .9, .2 - .55, .2 - .9
+    assert [c["risk"]["value"] for c in comparisons.values()] == pytest.approx([-0.35, -0.35, -0.7])
+    assert comparisons["start -> after GRPO"]["became_safe"] == ["test-0", "test-1"]
+    assert comparisons["start -> after align"]["became_safe"] == ["test-0"]
+
+
+def test_text_of_completions_is_in_the_tables_and_never_on_the_terminal(reported):
+    rows = pq.read_table(reported.folder.path / "baseline" / "start.parquet").to_pylist()
+    assert len(rows) == 8
+    assert {row["completion"] for row in rows} == {COMPLIES, ANSWERS}
+    assert {row["prompt"] for row in rows} == {row["prompt"] for row in PROMPTS}
+    logged = (reported.folder.path / "metrics.jsonl").read_text()
+    for text in ("zanzibar", "sorry", "flour", "Harmful request", "bake bread"):
+        assert text not in reported.shown
+        assert text not in logged
+
+
+def test_the_terminal_shows_the_tables_whole_and_a_line_a_measurement(reported):
+    shown = reported.shown
+    assert "…" not in shown
+    for label in ("start", "aligned", "final"):
+        assert re.search(rf"^  {label}: 8 answers in \d+ s, [\d,]+ tokens/s$", shown, flags=re.MULTILINE)
+    assert "start -> after GRPO: mean risk on harmful prompts -0.700" in shown
+    # Bars and spinners would leave blank lines: the only ones stand below the two tables.
+    assert shown.count("\n\n") == 2
+    assert "| after GRPO |" in (reported.folder.path / "report" / "summary.md").read_text()
+
+
+def test_all_models_are_asked_with_the_same_seeds(reported):
+    start, aligned, final = (reported.seeds[i : i + 8] for i in (0, 8, 16))
+    assert start == aligned == final
+    assert len(set(start)) == 8
+
+
+def test_what_was_measured_is_read_back_equal(reported):
+    folder = reported.folder.path / "evaluate"
+    verdicts = read_verdicts(folder / "final.parquet")
+    assert [(v.prompt_id, v.sample) for v in verdicts] == [(f"test-{i}", k) for i in range(4) for k in range(2)]
+    summary = EvaluationSummary.from_json((folder / "final.json").read_text())
+    assert summary.unsafe_share.n == sum(v.unsafe is not None for v in verdicts if v.kind == "harmful")
+    events = [json.loads(line) for line in (reported.folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["model"] for e in events if e["event"] == "measured"] == ["start", "aligned", "final"]
+
+
+def test_without_align_there_are_two_rows_and_one_comparison(tmp_path, tokenizer, context):
+    config = context.config.model_copy(update={"align": context.config.align.model_copy(update={"enabled": False})})
+    context = Scripted(config, tokenizer)
+    with context.folder.writing("train", stage_settings(config, "train"), {}) as scratch:
+        (scratch / "training.json").write_text(json.dumps({"tokens_per_s": 321.0}))
+    run(config, ["baseline", "evaluate", "report"], context=context)
+    summary = json.loads((context.folder.path / "report" / "summary.json").read_text())
+    assert list(summary["rows"]) == ["start", "after GRPO"]
+    assert list(summary["comparisons"]) == ["start -> after GRPO"]
+
+
+def test_answers_that_a_guard_cannot_score_are_left_out_and_told(context, tmp_path):
+    context.judge = ScriptedGuardrail(lambda exchange, prefix: None if "zanzibar" in prefix else 0.2)
+    context.guard = ScriptedGuardrail(lambda exchange, prefix: None)
+    summary = measure_model(context, "start", tmp_path, "start")
+    assert summary.mean_risk.value is None
+    assert summary.mean_risk.unscored == 4
+    assert summary.unscored_share == 0.5
+    assert summary.guard_risk is not None
+    assert summary.guard_risk.value is None
+    assert summary.reward is not None
+    assert summary.reward.value is None
+    rows = pq.read_table(tmp_path / "start.parquet").to_pylist()
+    assert [row["risk"] for row in rows] == [None] * 4 + [0.2] * 4
+    assert [row["guard_risk"] for row in rows] == [None] * 8
+
+
+def test_the_guard_reads_the_conversation_that_the_policy_read(context, tmp_path):
+    context.config = context.config.model_copy(update={"prompting": SimpleNamespace(system_prompt="Be kind.")})
+    seen = []
+    context.guard = ScriptedGuardrail(lambda exchange, prefix: seen.append(exchange.messages) or 0.1)
+    measure_model(context, "start", tmp_path, "start")
+    assert {tuple(m["role"] for m in messages) for messages in seen} == {("system", "user")}
