@@ -45,14 +45,16 @@ def main() -> None:
         "--eval-rows", type=int, default=200, help="rows a held-out set that the embedded guard is measured on"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("embedded", "ngram"))
+    parser.add_argument(
+        "--only", choices=("embedded", "ngram", "agreement"), help="one of the three steps; all without it"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
-    if args.only != "embedded":
-        train_ngram(args)
-    if args.only != "ngram":
-        train_embedded(args)
+    steps = {"ngram": train_ngram, "embedded": train_embedded, "agreement": write_agreement}
+    for name, step in steps.items():
+        if args.only in (None, name):
+            step(args)
 
 
 def train_ngram(args: argparse.Namespace) -> None:
@@ -74,6 +76,21 @@ def train_embedded(args: argparse.Namespace) -> None:
     head.save(args.out / "embedded.safetensors")
     guard = EmbeddedGuard(weights=args.out / "embedded.safetensors")
     write_card(args, "embedded", rows, choice, guard_metrics.measure(guard, args, args.eval_rows))
+
+
+def write_agreement(args: argparse.Namespace) -> None:
+    """How the two agree, into both cards."""
+    guards = (
+        EmbeddedGuard(weights=args.out / "embedded.safetensors"),
+        NgramGuard(weights=args.out / "ngram.safetensors"),
+    )
+    numbers = guard_metrics.agreement(*guards, args)
+    for guard in guards:
+        path = args.out / f"{guard.name}.json"
+        card = json.loads(path.read_text())
+        card["numbers"]["agreement_on_shipped_test"] = numbers
+        path.write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps(numbers))
 
 
 def write_card(

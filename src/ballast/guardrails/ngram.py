@@ -1,14 +1,15 @@
 """The n-gram guard: logistic regression on hashed words and characters of prompt and response.
 
-It shares nothing with the embedded guard but the weak labels of sampled answers: no neural network, other
-features, and training rows whose prompts the embedded guard never saw. That makes it the judge of runs that
-the embedded guard rewards. It needs numpy only, and judges some thousand responses a second.
+Another kind of model than the embedded guard, on other features, trained on prompts which that one never saw:
+the judge of runs that the embedded guard rewards. (What the two share stands in `docs/embedded-guards.md`.)
+It needs numpy only, and judges more than a thousand short responses a second.
 
     s = sigmoid(a . prompt + mean(words of the prompt) + c)      how harmful the request looks
     risk = sigmoid(slope * (u . r + s * (v . r) + k * s + b) + offset)    r: the response up to the cut
 
+`v` weighs the response's n-grams where the request looks harmful; `slope` and `offset` calibrate the result.
 The table `words` holds one weight a word: a linear function of the word's static embedding in SmolLM2, fitted
-with the rest, so that words no training prompt holds have a weight, too. `v` weighs the response's n-grams where the request looks harmful; `slope` and `offset` calibrate the result.
+with the rest, so that words that no training prompt holds have a weight, too.
 Trained by `benchmarks/train_guards.py`; its rows and numbers stand in `heads/weights/ngram.json`.
 """
 
