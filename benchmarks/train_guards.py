@@ -1,6 +1,7 @@
 """Train the two small guards that Ballast ships, and write down what they were trained on and how they measure.
 
-    python benchmarks/sample_answers.py --prompts ... --out ANSWERS.jsonl
+    python benchmarks/guard_prompts.py --data FOLDER --out FOLDER
+    python benchmarks/sample_answers.py --prompts PROMPTS.jsonl --out ANSWERS.jsonl
     python benchmarks/train_guards.py --data FOLDER --answers ANSWERS.jsonl ... --test-answers ... --cache FOLDER --out FOLDER
 
 `--data` holds `responses/`, `task/` and `prompts/` as JSON lines. Written to `--out`: `embedded.safetensors`
