@@ -21,6 +21,7 @@ from ballast.pipeline.prompting import PromptFormat
 
 def run_stage(context: RunContext, folder: Path) -> None:
     """Train the adapter, merge it, write the folder."""
+    import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -38,6 +39,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
         max_length=settings.max_length,
         completion_only_loss=True,
         bf16=config.model.dtype == "bfloat16",  # autocast: the adapter's weights stay in fp32
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=5,
         save_strategy="no",

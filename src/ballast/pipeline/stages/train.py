@@ -77,6 +77,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
 def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> Any:
     """TRL's arguments for a configuration."""
+    import torch
     from trl import GRPOConfig
 
     settings = config.train
@@ -106,6 +107,7 @@ def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> 
         vllm_importance_sampling_mode="token_truncate",
         # Autocast: the adapter's weights stay in fp32, its products run in the precision of the base.
         bf16=config.model.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=1,
         log_completions=False,
