@@ -88,7 +88,7 @@ def shown_by(block, **terminal):
 
 
 def wait(context):
-    with context.busy("starting vLLM"), context.progress("answering", 3) as done:
+    with context.console.status("starting vLLM"), context.progress("answering", 3) as done:
         done(3)
 
 

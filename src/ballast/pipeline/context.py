@@ -4,7 +4,7 @@ A part is made when a stage first asks for it, and kept: one vLLM engine serves 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class RunContext:
         """The vLLM engine; only where `generation.type` is vllm."""
         options = self.config.generation
         assert not isinstance(options, TransformersGeneration)
-        with self.busy("starting vLLM"):
+        with self.console.status("starting vLLM"):
             return VLLMEngine(self.start_model, options, self.config.model.dtype, self.config.seed)
 
     def generator(self, model: str) -> Generator:
@@ -110,12 +110,6 @@ class RunContext:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
-
-    @contextmanager
-    def busy(self, label: str) -> Iterator[None]:
-        """A spinner while the block runs, gone at the end. Silent outside a terminal."""
-        with self.console.status(label) if self.console.is_terminal else nullcontext():
-            yield
 
     def say(self, text: str) -> None:
         """One line to the terminal. Never the text of a prompt or a completion."""

@@ -47,7 +47,7 @@ def measure_model(
         Completion(prompt.id, prompt.prompt, prompt.kind, answer.text, answer.truncated, i % config.evaluate.samples)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
-    with context.busy(f"{label}: judging"):
+    with context.console.status(f"{label}: judging"):
         verdicts = judge_completions(completions, context.judge, threshold=config.evaluate.threshold)
         guard_risk, reward = _rewards(context, completions, answers)
     summary = summarize(

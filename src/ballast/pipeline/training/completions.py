@@ -8,6 +8,20 @@ import pyarrow.parquet as pq
 
 from ballast.pipeline.training.grpo import StepRecord
 
+# Spelled out: a column that is all null in one step would get a type of its own, and the files would not be
+# one table any more.
+_COLUMNS = {
+    "step": pa.int64(),
+    "kind": pa.string(),
+    "prompt": pa.string(),
+    "completion": pa.string(),
+    "token_ids": pa.list_(pa.int64()),
+    "advantages": pa.list_(pa.float64()),
+    "cuts": pa.list_(pa.int64()),
+    "risk": pa.list_(pa.float64()),
+    "unscored_reason": pa.string(),
+}
+
 
 class CompletionsTable:
     """Writes `step-00012.parquet` files into a folder. Nothing of it is ever logged or pushed anywhere.
@@ -41,8 +55,8 @@ class CompletionsTable:
             }
             for n in range(len(scored.texts))
         ]
-        pq.write_table(
-            pa.Table.from_pylist(rows), self.folder / f"step-{record.step:05d}-{next(self._part):03d}.parquet"
-        )
+        schema = pa.schema([*_COLUMNS.items(), *((f"reward_{name}", pa.float64()) for name in record.rewards)])
+        part = self.folder / f"step-{record.step:05d}-{next(self._part):03d}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
         self.rows += len(rows)
         self.tokens += sum(len(ids) for ids in record.completion_ids)

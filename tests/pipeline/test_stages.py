@@ -1,4 +1,4 @@
-"""Measuring and reporting end to end, on a scripted generator and scripted guards: no model is loaded."""
+"""Stages end to end on a scripted generator and scripted guards: no model is loaded."""
 
 import io
 import json
@@ -176,3 +176,42 @@ def test_the_guard_reads_the_conversation_that_the_policy_read(context, tmp_path
     context.guard = ScriptedGuardrail(lambda exchange, prefix: seen.append(exchange.messages) or 0.1)
     measure_model(context, "start", tmp_path, "start")
     assert {tuple(m["role"] for m in messages) for messages in seen} == {("system", "user")}
+
+
+def test_rollouts_of_the_reference_model_are_scored_at_every_cut(context, tmp_path):
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join(json.dumps({**row, "prompt": row["prompt"] + " Now."}) for row in PROMPTS))
+    context.config = context.config.model_copy(
+        update={
+            "data": context.config.data.model_copy(update={"train": (str(train),)}),
+            "rollout": context.config.rollout.model_copy(update={"samples": 2}),
+        }
+    )
+    # Answers that do not comply cannot be scored here.
+    context.guard = ScriptedGuardrail(lambda exchange, prefix: 0.8 if exchange.response == COMPLIES else None)
+    pretend_trained(context, "align")
+    run(context.config, ["rollout", "score"], context=context)
+    rows = pq.read_table(context.folder.path / "score" / "scores.parquet").to_pylist()
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [
+        (f"train-{i}", k) for i in range(4) for k in range(2)
+    ]
+    # The aligned model refuses request one and complies with request two.
+    assert [row["completion"] for row in rows[::2]] == [REFUSES, COMPLIES, ANSWERS, ANSWERS]
+    assert [row["lowest_star"] for row in rows[::2]] == [None, pytest.approx(0.2), None, None]
+    for row in rows:
+        assert row["cuts"][0] == 0
+        assert row["cuts"][-1] == len(row["completion"])
+        assert len(row["risk"]) == len(row["cuts"])
+        assert (row["unscored_reason"] is None) == (row["completion"] == COMPLIES)
+    assert "8 completions scored, 6 unscored" in context.shown
+
+
+def test_weights_are_loaded_only_where_others_are_asked_for(context):
+    loaded = []
+    context._generator.load_folder = loaded.append
+    for model in ("start", "start", "aligned", "aligned", "start"):
+        context.generator(model)
+    assert loaded == ["aligned", "start"]
+    context.forget_weights()  # training has put its own into the engine
+    context.generator("start")
+    assert loaded == ["aligned", "start", "start"]
