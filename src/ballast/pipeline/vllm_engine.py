@@ -78,6 +78,7 @@ class VLLMEngine:
                 enable_prefix_caching=True,
                 trust_remote_code=False,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
             )
         except Exception as error:
             raise EngineError(
@@ -187,13 +188,11 @@ def _repack_tied_head(model: Any) -> None:
     import torch
     from vllm.platforms import current_platform
 
-    head, inner = getattr(model, "lm_head", None), getattr(model, "model", None)
-    embedding = getattr(inner, "embed_tokens", None)
+    head: Any = getattr(model, "lm_head", None)
+    embedding: Any = getattr(getattr(model, "model", None), "embed_tokens", None)
     if not current_platform.is_cpu() or not getattr(model.config, "tie_word_embeddings", False):
         return
-    if isinstance(getattr(head, "weight", None), torch.Tensor) and isinstance(
-        getattr(embedding, "weight", None), torch.Tensor
-    ):
+    if head is not None and embedding is not None and isinstance(embedding.weight, torch.Tensor):
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
         head.weight = embedding.weight
