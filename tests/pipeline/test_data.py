@@ -1,13 +1,14 @@
 """Prompts are read whole from every kind of source, or refused with the source and the row at fault."""
 
 import csv
+import inspect
 import json
 
 import pytest
 
 from ballast.errors import DataError
 from ballast.pipeline.config import DataConfig
-from ballast.pipeline.data import draw, held_out_suite, load_rows, normalise, training_rows
+from ballast.pipeline.data import Row, draw, held_out_suite, load_rows, normalise, training_rows
 from ballast.pipeline.evaluation.suites import KINDS
 
 ROWS = [
@@ -169,8 +170,46 @@ def test_a_limit_draws_by_the_seed(tmp_path):
     assert draw(everything, 10_000, 0) == draw(everything, None, 0) == everything
 
 
+def rows_of(harmful, scary, ordinary):
+    counts = {"harmful": harmful, "scary": scary, "ordinary": ordinary}
+    return [Row(f"{kind}-{i}", f"{kind} {i}", kind) for kind, count in counts.items() for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "kept"),
+    [
+        ((60, 30, 10), 20, (12, 6, 2)),
+        ((96, 2, 2), 10, (8, 1, 1)),  # 9.6, .2, .2: rounded 10, 0, 0, of which two are given away
+        ((98, 1, 1), 3, (1, 1, 1)),
+        ((50, 30, 20), 2, (1, 1, 0)),  # 1, .6, .4: no room for one of each
+        ((5, 0, 5), 4, (2, 0, 2)),
+        ((5, 5, 0), 9, (5, 4, 0)),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_limit_keeps_the_proportions_of_the_kinds_and_one_of_each(sizes, limit, kept, seed):
+    drawn = draw(rows_of(*sizes), limit, seed)
+    assert tuple(sum(row.kind == kind for row in drawn) for kind in ("harmful", "scary", "ordinary")) == kept
+    assert len({row.id for row in drawn}) == limit
+
+
+def test_the_test_set_is_the_same_for_every_seed_of_a_run():
+    # It takes no seed, so runs with other seeds are measured on the same prompts in the same order.
+    first, again = (held_out_suite(DataConfig(max_test=12)) for _ in range(2))
+    assert first == again
+    assert list(inspect.signature(held_out_suite).parameters) == ["config"]
+    assert all(first.of_kind(kind) for kind in KINDS)
+
+
+def test_a_text_in_the_kind_column_is_refused_without_its_text(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"prompt": "a", "kind": "a private text of some length"}])
+    with pytest.raises(DataError, match="row mine-0: kind is a value of type str, not one of") as caught:
+        load(path)
+    assert "private" not in str(caught.value)
+
+
 def test_the_shipped_splits_hold_every_kind_and_share_no_prompt():
-    suite, train = held_out_suite(DataConfig(), 0), load("shipped")
+    suite, train = held_out_suite(DataConfig()), load("shipped")
     assert all(suite.of_kind(kind) for kind in KINDS)
     assert {r.kind for r in train} == set(KINDS)
     assert not {normalise(p.prompt) for p in suite.prompts} & {normalise(r.prompt) for r in train}
@@ -179,9 +218,9 @@ def test_the_shipped_splits_hold_every_kind_and_share_no_prompt():
 
 def test_the_suite_keeps_its_rows_and_an_empty_category(tmp_path):
     path = write(tmp_path / "mine.jsonl", [ROWS[1], {"prompt": "Hello?", "kind": "ordinary"}])
-    suite = held_out_suite(DataConfig(test=path), 0)
+    suite = held_out_suite(DataConfig(test=path))
     assert [(p.id, p.kind, p.category) for p in suite.prompts] == [
         ("mine-0", "scary", "computers"),
         ("mine-1", "ordinary", ""),
     ]
-    assert len(held_out_suite(DataConfig(test=path, max_test=1), 0).prompts) == 1
+    assert len(held_out_suite(DataConfig(test=path, max_test=1)).prompts) == 1

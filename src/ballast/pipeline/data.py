@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 
+# Of the draw of test prompts, and not the run's own: see `held_out_suite`.
+_TEST_SEED = 0
+
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+_SHOWN = 20  # characters of a wrong kind that an error repeats
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,39 @@ def load_rows(sources: Sequence[str], split: Split, config: "DataConfig", answer
 
 
 def draw(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
-    """At most `limit` rows, drawn without order by the seed; all of them, in order, where there is no limit."""
+    """At most `limit` rows, in the proportions of their kinds, drawn by the seed.
+
+    Args:
+        rows: what to draw from.
+        limit: how many to keep; None, or as many as there are, keeps all of them in order.
+        seed: of the draw and of the order.
+
+    Returns:
+        The drawn rows in a random order. A kind has its proportional share, rounded by the largest remainder, and at
+        least one row where `limit` allows one of each.
+    """
     if limit is None or limit >= len(rows):
         return list(rows)
-    return random.Random(seed).sample(list(rows), limit)
+    generator = random.Random(seed)
+    by_kind = {kind: [row for row in rows if row.kind == kind] for kind in KINDS}
+    quota = _quota({kind: len(of_kind) for kind, of_kind in by_kind.items() if of_kind}, limit)
+    drawn = [row for kind, count in quota.items() for row in generator.sample(by_kind[kind], count)]
+    generator.shuffle(drawn)
+    return drawn
+
+
+def _quota(sizes: dict[Kind, int], limit: int) -> dict[Kind, int]:
+    """How many of each kind to keep: `limit` in all, none above its size."""
+    exact = {kind: size * limit / sum(sizes.values()) for kind, size in sizes.items()}
+    quota = {kind: int(share) for kind, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda kind: exact[kind] - quota[kind], reverse=True)
+    for kind in by_remainder[: limit - sum(quota.values())]:
+        quota[kind] += 1
+    # A kind without a row would leave its figures empty: the largest gives it one of its own.
+    for kind in [kind for kind, count in quota.items() if count == 0 and limit >= len(sizes)]:
+        quota[max(quota, key=quota.__getitem__)] -= 1
+        quota[kind] = 1
+    return quota
 
 
 def training_rows(config: "DataConfig", seed: int) -> list[Row]:
@@ -85,9 +120,13 @@ def training_rows(config: "DataConfig", seed: int) -> list[Row]:
     return draw(train, config.max_train, seed)
 
 
-def held_out_suite(config: "DataConfig", seed: int) -> Suite:
-    """The held-out prompts as an evaluation suite."""
-    rows = draw(load_rows(config.test, "test", config), config.max_test, seed)
+def held_out_suite(config: "DataConfig") -> Suite:
+    """The held-out prompts as an evaluation suite.
+
+    `data.max_test` draws the same prompts in every run, whatever its seed, so that runs that differ in their
+    seed alone are measured on one test set.
+    """
+    rows = draw(load_rows(config.test, "test", config), config.max_test, _TEST_SEED)
     return Suite("test", tuple(SuitePrompt(row.id, row.prompt, row.kind, row.category or "") for row in rows))
 
 
@@ -139,8 +178,10 @@ def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig",
             f"data source '{source}', row {row_id}: column '{config.prompt_column}' holds {held}, not a prompt; remove or mend the row"
         )
     if kind not in KINDS:
+        # A column of long texts was named by mistake: its text stays out of the terminal.
+        held = repr(kind) if len(str(kind)) <= _SHOWN else f"a value of type {type(kind).__name__}"
         raise DataError(
-            f"data source '{source}', row {row_id}: kind is {kind!r}, not one of {', '.join(KINDS)}; mend column '{config.kind_column}'"
+            f"data source '{source}', row {row_id}: kind is {held}, not one of {', '.join(KINDS)}; mend column '{config.kind_column}'"
         )
     category, response = record.get("category"), record.get(config.response_column)
     if answers and (not isinstance(response, str) or not response.strip()):

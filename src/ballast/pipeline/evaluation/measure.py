@@ -33,7 +33,7 @@ def measure_model(
         training_tokens_per_s: for the table.
     """
     config = context.config
-    suite = held_out_suite(config.data, config.seed)
+    suite = held_out_suite(config.data)
     prompts = [prompt for prompt in suite.prompts for _ in range(config.evaluate.samples)]
     ids = [context.prompt_format.encode(context.prompt_format.messages(prompt.prompt)) for prompt in prompts]
     generator = context.generator(model)
