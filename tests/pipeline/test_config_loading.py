@@ -128,6 +128,56 @@ def test_a_rule_across_keys_keeps_its_own_words(write):
     assert "a policy learns to please its guard" in message
 
 
+PROMPTED = {"type": "prompted", "model": "their/guard"}
+PLUGIN = {"type": "plugin", "name": "theirs"}
+RULES = {"type": "rules", "patterns": [{"pattern": "bomb"}]}
+
+
+@pytest.mark.parametrize(
+    ("guard", "option"),
+    [
+        ({"type": "embedded"}, {"batch_size": 3}),
+        (PROMPTED, {"verdict_prefix": " "}),
+        (PLUGIN, {"options": {"a": 1}}),
+        (RULES, {"base_risk": 0.2}),
+    ],
+    ids=lambda value: value.get("type"),
+)
+def test_a_guard_with_other_options_is_no_other_judge(write, guard, option):
+    assert "judge and guard are the same" in refused(write(guard=guard, judge=guard | option))
+
+
+@pytest.mark.parametrize(
+    ("guard", "other"),
+    [
+        (PROMPTED, {"model": "another/guard"}),
+        (PLUGIN, {"name": "another"}),
+        (RULES, {"patterns": [{"pattern": "gun"}]}),
+    ],
+    ids=lambda value: value.get("type"),
+)
+def test_two_guards_of_one_type_may_judge_each_other_where_what_decides_differs(write, guard, other):
+    assert load_config(write(guard=guard, judge=guard | other)).judge.type == guard["type"]
+
+
+def test_greedy_completions_cannot_be_trained_on_and_can_be_measured(write):
+    assert "train.sampling.temperature = 0" in refused(write(), "train.sampling.temperature=0")
+    assert load_config(write(), ["evaluate.sampling.temperature=0"]).evaluate.sampling.temperature == 0
+
+
+def test_a_run_without_any_reward_is_refused(write):
+    nothing = ("rewards={star: 0, refusal: 0, coherence: 0}", "shaping.drop.weight=0")
+    assert "every advantage would be 0" in refused(write(), *nothing)
+    # Each of these is something to learn.
+    for something in ("rewards.coherence=0.1", "shaping.drop.weight=0.1", "train.reward_functions=[m:f]"):
+        load_config(write(), [*nothing, something])
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "-rf", "_", "a/b", ""])
+def test_a_name_that_could_leave_or_hide_its_folder_is_refused(write, name):
+    assert "name" in refused(write(name=name))
+
+
 def test_an_override_below_a_plain_value_is_refused(write):
     assert "'name' is the value 'tiny', not a section" in refused(write(), "name.first=x")
 

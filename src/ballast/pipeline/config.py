@@ -30,6 +30,22 @@ GuardOptions = Annotated[
 ]
 
 
+def guard_identity(options: GuardOptions) -> tuple[object, ...]:
+    """What makes two guards the same one: not batch sizes, precision or templates, but what decides.
+
+    Of a prompted guard its model, of a plug-in its name, of rules their patterns; of the others the type.
+    """
+    match options:
+        case PromptedOptions():
+            return options.type, options.model
+        case PluginOptions():
+            return options.type, options.name
+        case RulesOptions():
+            return options.type, frozenset(rule.pattern for rule in options.patterns)
+        case _:
+            return (options.type,)
+
+
 def _one_is_a_list(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -208,6 +224,15 @@ class TrainConfig(Component):
     report_to: Names = Field((), description="passed on to TRL: wandb, tensorboard, ...; none by default")
 
     @model_validator(mode="after")
+    def _groups_differ(self) -> Self:
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "train.sampling.temperature = 0 makes all completions of a group alike, so that none is better than "
+                "another; set it above 0, usually to 1.0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_splits_evenly(self) -> Self:
         rows = self.prompts_per_step * self.group_size
         if rows % min(self.micro_batch_size, rows):
@@ -238,7 +263,9 @@ class RunConfig(Component):
     """A whole run: what is trained, on what, under which guard, and how it is measured."""
 
     name: str = Field(
-        min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run, and of its folder in `out`"
+        min_length=1,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run, and of its folder in `out`: letters, digits and ._-, a letter or digit first",
     )
     out: str = Field("runs", description="folder that holds the run folders")
     seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
@@ -258,10 +285,22 @@ class RunConfig(Component):
 
     @model_validator(mode="after")
     def _judge_is_another_guard(self) -> Self:
-        if self.judge == self.guard:
+        if guard_identity(self.judge) == guard_identity(self.guard):
+            what = {"prompted": "model", "plugin": "name", "rules": "patterns"}.get(self.guard.type)
+            which = f"{self.guard.type}, with the same {what}" if what else self.guard.type
             raise ValueError(
-                f"judge and guard are the same ({self.guard.type}); a policy learns to please its guard, so measure "
-                "with another one: set judge.type to a different guard"
+                f"judge and guard are the same ({which}), whatever their other options; a policy learns to please its "
+                f"guard, so measure with another one: set judge.type{f' or judge.{what}' if what else ''} to another"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Self:
+        weights = (self.rewards.star, self.rewards.refusal, self.rewards.coherence, self.shaping.drop.weight)
+        if not any(weights) and not self.train.reward_functions:
+            raise ValueError(
+                "rewards.star, rewards.refusal, rewards.coherence and shaping.drop.weight are all 0 and there are no "
+                "train.reward_functions, so every advantage would be 0; set one of the weights above 0"
             )
         return self
 
