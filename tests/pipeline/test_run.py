@@ -68,8 +68,9 @@ def test_a_finished_stage_is_not_done_again(stages, configured, tmp_path):
     go(configured())
     before = (tmp_path / "one" / "train" / "record.json").read_bytes()
     shown = go(configured())
-    assert stages.calls == ORDER
-    assert shown.splitlines() == [f"{name}: done before, kept" for name in ORDER]
+    # The report is instant, and is made again so that its tables are seen.
+    assert stages.calls == [*ORDER, "report"]
+    assert shown.splitlines()[:5] == [*(f"{name}: done before, kept" for name in ORDER[:-1]), "report"]
     assert (tmp_path / "one" / "train" / "record.json").read_bytes() == before
 
 
@@ -122,6 +123,76 @@ def test_a_changed_configuration_is_refused_by_the_keys_that_a_stage_reads(stage
     with pytest.raises(ConfigError, match=r"holds stage 'baseline' .*\(seed was 0, is 9\)"):
         go(configured("seed=9"))
     assert stages.calls == ORDER
+
+
+def test_a_stage_is_refused_where_what_it_needs_was_made_with_another_configuration(stages, configured):
+    go(configured())
+    changed = "align.epochs=5"
+    for name in ("train", "evaluate", "report", "rollout"):
+        with pytest.raises(ConfigError, match=r"holds stage 'align' .*align\.epochs was 1\.0, is 5\.0"):
+            go(configured(changed), [name])
+    # `score` needs `rollout`, which needs `align`; the baseline needs neither.
+    go(configured(), ["rollout", "score"])
+    with pytest.raises(ConfigError, match="holds stage 'align'"):
+        go(configured(changed), ["score"])
+    go(configured(changed), ["baseline"])
+    assert stages.calls == [*ORDER, "rollout", "score"]
+
+
+def test_all_finished_stages_are_checked_before_the_first_one_runs(stages, configured, tmp_path):
+    go(configured(), ["align"])
+    written = (tmp_path / "one" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="holds stage 'align'"):
+        go(configured("align.epochs=5"))  # whose first stage is the baseline, minutes long
+    assert stages.calls == ["align"]
+    assert (tmp_path / "one" / "config.yaml").read_text() == written
+
+
+def test_the_measurements_depend_on_how_segment_scores_are_cleaned(stages, configured):
+    go(configured(), ["baseline"])
+    with pytest.raises(ConfigError, match=r"'baseline' .*shaping\.clean_trace was True, is False"):
+        go(configured("shaping.clean_trace=false"), ["baseline"])
+
+
+def test_an_edited_data_file_is_refused_by_the_stages_that_read_it(stages, configured, tmp_path):
+    train, test, answers = (tmp_path / f"{name}.jsonl" for name in ("train", "test", "answers"))
+    for file in (train, test, answers):
+        file.write_text("{}")
+    config = configured(f"data.train={train}", f"data.test={test}", f"align.data={answers}")
+    go(config)
+    for file, reader in ((train, "train"), (test, "baseline"), (answers, "align")):
+        before = file.read_text()
+        file.write_text("{} ")
+        with pytest.raises(ConfigError, match=rf"data file '.*{file.name}' has changed since stage '{reader}'"):
+            go(config)
+        file.write_text(before)
+    assert stages.calls == ORDER
+    train.write_text("edited")
+    go(config, ["baseline", "align"])  # they do not read it
+    with pytest.raises(ConfigError, match=r"train\.jsonl' has changed since stage 'train'"):
+        go(config, ["report"])
+
+
+def test_names_that_do_not_exist_are_refused_before_anything_runs(stages, configured, tmp_path):
+    for key in ("guard", "judge"):
+        with pytest.raises(ConfigError, match="guardrail 'absent': no such guard"):
+            go(configured(f"{key}={{type: plugin, name: absent}}"))
+    absent = "train.reward_functions=no_such_package:function"
+    with pytest.raises(ConfigError, match="'no_such_package:function' cannot be imported"):
+        go(configured(absent))
+    assert stages.calls == []
+    assert not (tmp_path / "one").exists()
+    go(configured(absent), ["baseline", "align"])  # neither needs it
+    assert stages.calls == ["baseline", "align"]
+
+
+def test_what_the_user_can_mend_needs_no_resume(stages, configured):
+    stages.fails["train"] = DataError("planted")
+    with pytest.raises(DataError):
+        go(configured())
+    stages.fails.clear()
+    go(configured())
+    assert stages.calls == ["baseline", "align", "train", "train", "evaluate", "report"]
 
 
 def test_a_stage_whose_input_was_made_again_is_refused(stages, configured, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ballast.errors import ConfigError, DataError
-from ballast.pipeline.run_folder import RunFolder, write_text
+from ballast.pipeline.run_folder import RunFolder, file_digests, write_text
 
 
 @pytest.fixture
@@ -72,6 +72,45 @@ def test_what_happened_to_a_stage_is_a_json_line_each(folder):
     ]
     assert events(folder)[1]["error"] == "KeyboardInterrupt"
     assert all(e["time"] > 0 for e in events(folder))
+
+
+def test_a_stage_that_could_not_use_what_it_was_given_leaves_nothing_to_resume(folder):
+    with pytest.raises(DataError):
+        fail(folder, DataError("planted"))
+    assert not (folder.path / "train.partial").exists()
+    assert [e["event"] for e in events(folder)] == ["stage_started", "stage_failed"]
+
+
+def test_a_stage_that_is_made_again_replaces_the_finished_one_when_it_is_whole(folder):
+    make(folder, "train", content="first")
+    with pytest.raises(RuntimeError):
+        fail(folder, RuntimeError())
+    assert (folder.stage("train") / "sub" / "out.txt").read_text() == "first"
+    make(folder, "train", content="second")
+    assert (folder.stage("train") / "sub" / "out.txt").read_text() == "second"
+
+
+def test_numbers_that_json_lacks_become_null(folder):
+    folder.log({"loss": float("nan"), "risk": {"low": float("-inf"), "n": 3}, "each": [1.5, float("inf")]})
+    line = (folder.path / "metrics.jsonl").read_text()
+    (event,) = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))]
+    assert (event["loss"], event["risk"], event["each"]) == (None, {"low": None, "n": 3}, [1.5, None])
+
+
+def test_an_edited_data_file_is_named(folder, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("one")
+    sources = ["shipped", "owner/name:train", str(data), str(tmp_path / "absent.jsonl")]
+    before = file_digests(sources)
+    assert len(before) == 1  # what is no file here has no digest
+    make(folder, "baseline", {}, before)
+    data.write_text("another")
+    with pytest.raises(ConfigError, match=r"data file '.*prompts\.jsonl' has changed since stage 'baseline'"):
+        folder.check_unchanged("baseline", {}, file_digests(sources))
+    data.write_text("one")
+    folder.check_unchanged("baseline", {}, file_digests(sources))
+    data.unlink()  # gone is not changed: a report needs it no longer
+    folder.check_unchanged("baseline", {}, file_digests(sources))
 
 
 def test_a_foreign_folder_of_a_stages_name_is_left_alone(folder):

@@ -1,4 +1,8 @@
-"""The stage graph: which stages there are, what each needs, and what is already done."""
+"""The stage graph: which stages there are, what each needs, and what is already done.
+
+Before the first stage starts, all that can be refused is refused: an unknown stage, a finished stage from
+another configuration or from other data, a guard or a reward function that does not exist.
+"""
 
 import importlib
 import json
@@ -10,7 +14,7 @@ from ballast.errors import ConfigError, DataError
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_loading import dump_config
 from ballast.pipeline.context import RunContext
-from ballast.pipeline.run_folder import write_text
+from ballast.pipeline.run_folder import file_digests, write_text
 
 
 @dataclass(frozen=True)
@@ -20,28 +24,37 @@ class Stage:
     Attributes:
         needs: stages whose output it reads; `align` only where it is enabled.
         reads: top-level keys of the configuration that its result depends on.
+        data: keys of the data sources that it reads, as `section.key`.
         in_run: whether `ballast run` runs it without being asked.
+        repeats: whether it is done again where it is done: it is instant, and shows its result.
     """
 
     needs: tuple[str, ...]
     reads: tuple[str, ...]
+    data: tuple[str, ...] = ()
     in_run: bool = True
+    repeats: bool = False
 
 
 _POLICY = ("seed", "model", "prompting", "data")
-_MEASURED = (*_POLICY, "generation", "guard", "judge", "segments", "rewards", "evaluate")
+_MEASURED = (*_POLICY, "generation", "guard", "judge", "segments", "shaping", "rewards", "evaluate")
+_TRAINING = ("data.train", "data.test")  # the test prompts too: none may be trained on
 
 # In the order in which they run. Each is the module of that name in `stages/`.
 STAGES: dict[str, Stage] = {
-    "baseline": Stage(needs=(), reads=_MEASURED),
-    "align": Stage(needs=(), reads=(*_POLICY, "align")),
-    "rollout": Stage(needs=("align",), reads=(*_POLICY, "align", "generation", "rollout"), in_run=False),
+    "baseline": Stage(needs=(), reads=_MEASURED, data=("data.test",)),
+    "align": Stage(needs=(), reads=(*_POLICY, "align"), data=("align.data", "data.test")),
+    "rollout": Stage(
+        needs=("align",), reads=(*_POLICY, "align", "generation", "rollout"), data=_TRAINING, in_run=False
+    ),
     "score": Stage(needs=("rollout",), reads=("prompting", "guard", "segments", "shaping"), in_run=False),
     "train": Stage(
-        needs=("align",), reads=(*_POLICY, "align", "generation", "guard", "segments", "shaping", "rewards", "train")
+        needs=("align",),
+        reads=(*_POLICY, "align", "generation", "guard", "segments", "shaping", "rewards", "train"),
+        data=_TRAINING,
     ),
-    "evaluate": Stage(needs=("align", "train"), reads=(*_MEASURED, "align", "train", "shaping")),
-    "report": Stage(needs=("baseline", "evaluate"), reads=("evaluate",)),
+    "evaluate": Stage(needs=("align", "train"), reads=(*_MEASURED, "align", "train"), data=("data.test",)),
+    "report": Stage(needs=("baseline", "evaluate"), reads=("evaluate",), repeats=True),
 }
 
 
@@ -50,7 +63,7 @@ def run(
 ) -> RunContext:
     """Run stages of a configuration, in order, in this process.
 
-    A finished stage is not done again. Without `stages`, all that a GRPO run consists of.
+    A finished stage is not done again, `report` excepted. Without `stages`, all that a GRPO run consists of.
 
     Args:
         config: the run.
@@ -62,55 +75,113 @@ def run(
         The context, closed unless it was passed in.
 
     Raises:
-        ConfigError: an unknown stage, or a run folder from another configuration.
+        ConfigError: an unknown stage, guard or reward function, or a run folder from another configuration or
+            from data files that have changed.
         DataError: a stage whose inputs are missing.
     """
-    names = [name for name, stage in STAGES.items() if stage.in_run] if stages is None else list(stages)
-    unknown = [name for name in names if name not in STAGES]
-    if unknown:
-        raise ConfigError(f"no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
+    names = _planned(config, stages)
     own = context is None
     context = context or RunContext(config)
     try:
         _check_folder(context, resume)
+        for i, name in enumerate(names):
+            _check_stage(context, name, coming=names[:i])
+        _check_parts(context, [name for name in names if not _kept(context, name)])
+        _open_folder(context)
         for name in names:
-            _run_stage(context, name, asked=stages is not None)
+            _run_stage(context, name)
     finally:
         if own:
             context.close()
     return context
 
 
-def _run_stage(context: RunContext, name: str, asked: bool) -> None:
-    config, folder = context.config, context.folder
-    if name == "align" and not config.align.enabled:
-        if asked:
-            raise ConfigError("stage 'align' is switched off (align.enabled = false); set align.enabled=true to run it")
-        return
-    needs = [need for need in STAGES[name].needs if need != "align" or config.align.enabled]
-    missing = [need for need in needs if not folder.has(need)]
-    if missing:
-        raise DataError(
-            f"stage '{name}' needs stage '{missing[0]}', which is not done in '{folder.path}'; run `ballast {missing[0]} CONFIG` first"
-        )
-    inputs = {need: folder.digest(need) for need in needs}
-    settings = stage_settings(config, name)
-    if folder.has(name):
-        folder.check_unchanged(name, settings, inputs)
-        context.say(f"[dim]{name}: done before, kept[/]")
-        return
-    context.say(f"[bold]{name}[/]")
-    module = importlib.import_module(f"ballast.pipeline.stages.{name}")
-    with folder.writing(name, settings, inputs) as scratch:
-        module.run_stage(context, scratch)
-    seconds = folder.record(name)["seconds"]
-    context.say(f"[dim]{name}: {seconds:.0f} s[/]")
-
-
 def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """The part of a configuration that a stage's result depends on."""
     everything: dict[str, Any] = json.loads(config.model_dump_json())
     return {key: everything[key] for key in STAGES[name].reads}
+
+
+def stage_inputs(context: RunContext, name: str) -> dict[str, str]:
+    """Digests of the finished stages and the data files that a stage reads, as far as they are there."""
+    config, folder = context.config, context.folder
+    digests = {need: folder.digest(need) for need in _needs(config, name) if folder.has(need)}
+    for key in STAGES[name].data:
+        section, _, field = key.partition(".")
+        digests |= file_digests(getattr(getattr(config, section), field))
+    return digests
+
+
+def _planned(config: RunConfig, stages: Sequence[str] | None) -> list[str]:
+    """The stages of a call, in its order."""
+    if stages is None:
+        return [n for n, stage in STAGES.items() if stage.in_run and (n != "align" or config.align.enabled)]
+    for name in stages:
+        if name not in STAGES:
+            raise ConfigError(f"no stage '{name}'; there are {', '.join(STAGES)}")
+        if name == "align" and not config.align.enabled:
+            raise ConfigError("stage 'align' is switched off (align.enabled = false); set align.enabled=true to run it")
+    return list(stages)
+
+
+def _needs(config: RunConfig, name: str) -> list[str]:
+    return [need for need in STAGES[name].needs if need != "align" or config.align.enabled]
+
+
+def _kept(context: RunContext, name: str) -> bool:
+    """Whether the stage is done and is not done again."""
+    return context.folder.has(name) and not STAGES[name].repeats
+
+
+def _check_stage(context: RunContext, name: str, coming: Sequence[str] = ()) -> None:
+    """What a stage needs is there, or is made before it by this call, and all that is there is of this configuration.
+
+    Raises:
+        ConfigError: a finished stage was made with other settings or from other inputs.
+        DataError: a stage that it needs is not done.
+    """
+    folder = context.folder
+    missing = [need for need in _needs(context.config, name) if not folder.has(need) and need not in coming]
+    if missing and not _kept(context, name):
+        raise DataError(
+            f"stage '{name}' needs stage '{missing[0]}', which is not done in '{folder.path}'; run `ballast {missing[0]} CONFIG` first"
+        )
+    for need in _needs(context.config, name):
+        if folder.has(need):
+            _check_stage(context, need, coming)
+    if _kept(context, name):
+        folder.check_unchanged(name, stage_settings(context.config, name), stage_inputs(context, name))
+
+
+def _check_parts(context: RunContext, names: Sequence[str]) -> None:
+    """Whatever the stages to come load by name exists; a guard's weights are loaded at its first use, not here.
+
+    Raises:
+        ConfigError: a guard or a reward function does not exist, or does not take its options.
+        GuardError: a plug-in cannot be loaded.
+    """
+    from ballast.rewards.terms import load_reward_function
+
+    read = {key for name in names for key in STAGES[name].reads}
+    for part in ("guard", "judge"):
+        if part in read:
+            getattr(context, part)  # made, and kept, when it is asked for
+    for path in context.config.train.reward_functions if "train" in names else ():
+        load_reward_function(path)
+
+
+def _run_stage(context: RunContext, name: str) -> None:
+    folder = context.folder
+    _check_stage(context, name)  # again: a stage of this call may have made anew what a finished one was made from
+    if _kept(context, name):
+        context.say(f"[dim]{name}: done before, kept[/]")
+        return
+    context.say(f"[bold]{name}[/]")
+    module = importlib.import_module(f"ballast.pipeline.stages.{name}")
+    with folder.writing(name, stage_settings(context.config, name), stage_inputs(context, name)) as scratch:
+        module.run_stage(context, scratch)
+    seconds = folder.record(name)["seconds"]
+    context.say(f"[dim]{name}: {seconds:.0f} s[/]")
 
 
 def _check_folder(context: RunContext, resume: bool) -> None:
@@ -123,6 +194,10 @@ def _check_folder(context: RunContext, resume: bool) -> None:
             f"run folder '{path}' holds an unfinished stage '{unfinished[0]}'; add --resume to begin that stage again with the "
             "finished ones kept, or choose another name="
         )
+
+
+def _open_folder(context: RunContext) -> None:
+    path = context.folder.path
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "config.yaml", dump_config(context.config))

