@@ -1,10 +1,11 @@
 """GuardReward: a guard as a reward, and the per-token signal behind it."""
 
+import logging
 from typing import Any
 
 import pytest
 
-from ballast.errors import GuardError
+from ballast.errors import GuardError, ModelError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.guardrails.types import Exchange, RiskTrace
 from ballast.rewards.guard_reward import GuardReward
@@ -43,17 +44,56 @@ def test_a_guard_that_gives_nan_is_unscored_and_the_others_keep_theirs(tokenizer
     assert GuardReward(guard, tokenizer)([PROMPT] * 2, [ids(tokenizer, TEXT), ids(tokenizer, "one")]) == [None, 0.75]
 
 
-def test_a_guard_that_raises_leaves_the_batch_unscored_with_its_reason(tokenizer: Any) -> None:
-    class Down:
-        name = "down"
+class Raises:
+    """Judges everything 0.25, and raises on any batch with the word in it."""
 
-        def assess(self, exchanges: Any, cuts: Any) -> list[RiskTrace]:
-            raise TimeoutError("no answer in 5 s")
+    name = "raises"
 
-    reward = GuardReward(Down(), tokenizer)
-    assert reward([PROMPT], [ids(tokenizer, TEXT)]) == [None]
+    def __init__(self, error: Exception, on: str) -> None:
+        self.error, self.on, self.calls = error, on, 0
+
+    def assess(self, exchanges: Any, cuts: Any) -> list[RiskTrace]:
+        self.calls += 1
+        if any(self.on in exchange.response for exchange in exchanges):
+            raise self.error
+        return [RiskTrace(tuple(row), (0.25,) * len(row)) for row in cuts]
+
+
+def test_one_bad_row_does_not_cost_the_batch(tokenizer: Any) -> None:
+    guard = Raises(ValueError("cannot read: one two three"), on="eleven")
+    reward = GuardReward(guard, tokenizer)
+    texts = ["one", TEXT, "two"]
+    assert reward([PROMPT] * 3, [ids(tokenizer, text) for text in texts]) == [0.75, None, 0.75]
+    assert guard.calls == 1 + 3  # the batch, then every row
+
+
+def test_the_reason_of_an_unscored_row_quotes_no_text(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    reward = GuardReward(Raises(ValueError("cannot read: one two three"), on=""), tokenizer)
+    assert reward([PROMPT] * 2, [ids(tokenizer, TEXT)] * 2) == [None, None]
     assert reward.last is not None
-    assert reward.last.traces[0].reason == "TimeoutError: no answer in 5 s"
+    assert [trace.reason for trace in reward.last.traces] == ["the guard raised ValueError"] * 2
+    assert "ValueError" in caplog.text
+    assert "one two" not in caplog.text
+
+
+def test_our_own_errors_are_not_unscored_rows(tokenizer: Any) -> None:
+    guard = Raises(ModelError("no weights; install them"), on="")
+    with pytest.raises(ModelError, match="install them"):
+        GuardReward(guard, tokenizer)([PROMPT] * 2, [ids(tokenizer, TEXT)] * 2)
+    assert guard.calls == 1
+
+
+@pytest.mark.parametrize("trainer", ["grpo", "rloo"])
+def test_the_warning_of_stock_trl_loses_its_texts(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture, trainer: str
+) -> None:
+    GuardReward(ScriptedGuardrail({}), tokenizer)
+    logger = logging.getLogger(f"trl.trainer.{trainer}_trainer")
+    logger.warning("All reward functions returned None for the following kwargs:\n{'prompt': 'Count.'}")
+    logger.warning("something else")
+    assert "texts withheld" in caplog.text
+    assert "something else" in caplog.text
+    assert "Count." not in caplog.text
 
 
 def test_a_guard_that_changes_the_cuts_is_named(tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ballast.errors import GuardError
+from ballast.errors import BallastError, GuardError
 from ballast.guardrails.segments import SegmentOptions, cut_response, segment_of_tokens, token_char_ends
 from ballast.guardrails.types import Exchange, Guardrail, Message, RiskTrace
 from ballast.rewards.star import SegmentScores, clean_trace, segment_scores
@@ -48,7 +48,8 @@ class GuardReward:
 
     Goes into stock TRL's `reward_funcs` (GRPO, RLOO). The guard reads text decoded from `completion_ids`, not
     TRL's parsed messages, so nothing that the policy wrote is hidden from it. `last` keeps the per-token signal
-    of the latest call.
+    of the latest call. TRL warns about a row without any reward by printing its prompt and completion; once a
+    `GuardReward` exists, that warning comes without them.
 
     Args:
         guard: any `Guardrail`.
@@ -66,6 +67,8 @@ class GuardReward:
         self.clean = clean
         self.last: ScoredBatch | None = None
         self.__name__ = "star"  # TRL names a reward's metrics by this
+        for trainer in ("grpo", "rloo"):
+            logging.getLogger(f"trl.trainer.{trainer}_trainer").addFilter(_withhold_texts)
 
     def __call__(self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
         """Score a batch as TRL hands it over: one reward a completion, None where unscored."""
@@ -79,10 +82,14 @@ class GuardReward:
             prompts: (N,) conversations (lists of role/content messages) or plain strings.
             completion_ids: (N, T_n) the policy's own tokens.
 
-        A guard that raises leaves the whole batch unscored, with the error as the reason.
+        A guard that raises on the batch is asked again row by row, so that one bad row does not cost the others
+        their scores. A row on which it raises alone is unscored; its reason is the exception's type and not its
+        message, which may quote the completion.
 
         Raises:
             GuardError: the guard broke its contract: it left out exchanges or changed the cuts.
+            BallastError: whatever else of ours the guard raised, such as a `ModelError` of missing weights: it
+                would fail on every row, and says what to do.
         """
         started = time.perf_counter()
         texts, all_cuts, segments, exchanges = [], [], [], []
@@ -103,11 +110,18 @@ class GuardReward:
     def _assess(self, exchanges: list[Exchange], cuts: list[tuple[int, ...]]) -> list[RiskTrace]:
         try:
             traces = self.guard.assess(exchanges, cuts)
+        except BallastError:
+            raise
         except Exception as error:
-            logger.warning(
-                "guardrail '%s' failed on a batch of %d: %s", self.guard.name, len(exchanges), type(error).__name__
-            )
-            return [RiskTrace.unscored(row, f"{type(error).__name__}: {error}") for row in cuts]
+            if len(exchanges) > 1:
+                logger.warning(
+                    "guardrail '%s' raised %s on a batch of %d; asking row by row",
+                    self.guard.name,
+                    type(error).__name__,
+                    len(exchanges),
+                )
+                return [self._assess([one], [row])[0] for one, row in zip(exchanges, cuts, strict=True)]
+            return [RiskTrace.unscored(row, f"the guard raised {type(error).__name__}") for row in cuts]
         if len(traces) != len(exchanges) or any(trace.cuts != row for trace, row in zip(traces, cuts, strict=True)):
             raise GuardError(
                 f"guardrail '{self.guard.name}' answered {len(traces)} traces for {len(exchanges)} exchanges, or changed "
@@ -120,3 +134,11 @@ def _messages(prompt: Any) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return ({"role": "user", "content": prompt},)
     return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in prompt)
+
+
+def _withhold_texts(record: logging.LogRecord) -> bool:
+    """Take prompt and completion out of TRL's warning about a row that no reward function scored."""
+    if str(record.msg).startswith("All reward functions returned None"):
+        record.msg = "every reward function returned None for at least one completion (texts withheld)"
+        record.args = ()
+    return True
