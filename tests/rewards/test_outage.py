@@ -6,6 +6,7 @@ from ballast.rewards.outage import stop_above_limit
 
 def test_a_share_at_the_limit_passes_and_one_above_it_stops():
     stop_above_limit(2, 8, 0.25, "rules", None, "at step 3")  # 2/8 = 0.25
+    stop_above_limit(29, 100, 0.29, "rules", None, "at step 3")  # though 0.29 * 100 = 28.999... in floats
     with pytest.raises(
         GuardError, match=r"'rules' left 3 of 8 completions \(38%\) unscored at step 3.*first reason: OOM"
     ):

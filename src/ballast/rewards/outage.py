@@ -17,7 +17,7 @@ def stop_above_limit(unscored: int, total: int, limit: float, guard: str, reason
     Raises:
         GuardError: the share is above the limit.
     """
-    if total == 0 or unscored <= limit * total:
+    if total == 0 or unscored / total <= limit:
         return
     raise GuardError(
         f"guardrail '{guard}' left {unscored} of {total} completions ({unscored / total:.0%}) unscored {where}, above "
