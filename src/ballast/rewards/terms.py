@@ -5,8 +5,9 @@ last stays in `last`, since TRL keeps only the sum.
 """
 
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ballast.errors import ConfigError, RewardError
@@ -41,19 +42,21 @@ class CoherenceReward:
     """Fluent text of some length, in [0, 1], on every prompt: so that gibberish does not win.
 
     Args:
-        tokenizer: the policy's tokenizer; a completion without its end-of-turn token counts as cut off.
+        tokenizer: the policy's tokenizer; a completion without an end-of-turn token counts as cut off.
+        stop_ids: further tokens that end a turn, for models with several (`generation_config.eos_token_id`).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
+        self.stop_ids = frozenset({tokenizer.eos_token_id, *stop_ids})
         self.__name__ = "coherence"
         self.last: list[float | None] = []
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
         """Score a batch as TRL hands it over."""
         texts = self.tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
-        ends = [len(ids) == 0 or ids[-1] != self.tokenizer.eos_token_id for ids in completion_ids]
-        self.last = [coherence(text, truncated=cut).score for text, cut in zip(texts, ends, strict=True)]
+        cut_off = [len(ids) == 0 or ids[-1] not in self.stop_ids for ids in completion_ids]
+        self.last = [coherence(text, truncated=cut).score for text, cut in zip(texts, cut_off, strict=True)]
         return self.last
 
 
@@ -63,15 +66,28 @@ class CheckedReward:
     Args:
         function: called as TRL calls reward functions; returns one number or None a completion.
         name: what metrics and errors call it.
+        not_on: kinds of prompts on which the reward does not apply. It is a task's: paid on harmful prompts, it
+            would pay for complying.
+
+    Raises:
+        ConfigError: the function is `async def`.
     """
 
-    def __init__(self, function: Callable[..., Sequence[float | None]], name: str) -> None:
+    def __init__(
+        self, function: Callable[..., Sequence[float | None]], name: str, not_on: Iterable[str] = ("harmful",)
+    ) -> None:
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+            raise ConfigError(
+                f"reward function '{name}' is `async def`: async reward functions are not supported here; wrap it in a "
+                "plain function that waits for the answers"
+            )
         self.function = function
+        self.not_on = frozenset(not_on)
         self.__name__ = name
         self.last: list[float | None] = []
 
     def __call__(self, **batch: Any) -> list[float | None]:
-        """Call the function.
+        """Call the function on the whole batch; what it says about prompts of a kind in `not_on` becomes None.
 
         Raises:
             RewardError: a number of rewards other than that of the completions, or one that is not finite.
@@ -88,15 +104,52 @@ class CheckedReward:
                 f"reward function '{self.__name__}' returned {rewards[bad[0]]} for completion {bad[0]} of the batch "
                 f"({len(bad)} of {expected} are not finite); return a finite number, or None where it does not apply"
             )
-        self.last = [None if reward is None else float(reward) for reward in rewards]
+        kinds = batch.get("kind") or [None] * expected
+        self.last = [
+            None if reward is None or kind in self.not_on else float(reward)
+            for reward, kind in zip(rewards, kinds, strict=True)
+        ]
         return self.last
+
+
+def checked_terms(functions: Iterable[Any]) -> list[Any]:
+    """Reward functions as terms that keep their last answer, each under a name of its own.
+
+    Args:
+        functions: terms, which stay as they are, and plain callables of TRL's form, which become a
+            `CheckedReward` under their own name.
+
+    Raises:
+        ConfigError: a reward model or a name of one instead of a function; two terms of one name, or a name
+            that is reserved; an `async def`.
+    """
+    terms: list[Any] = []
+    taken = {"star": "the guard's reward"}
+    for function in functions:
+        # A reward model can be called too, but not with a batch of TRL's.
+        if not callable(function) or hasattr(function, "forward"):
+            raise ConfigError(
+                f"reward_funcs: a {type(function).__name__} is no reward function; wrap it in one that takes completions and returns numbers"
+            )
+        known = hasattr(function, "last")
+        term = function if known else CheckedReward(function, getattr(function, "__name__", type(function).__name__))
+        name = term.__name__
+        owner = {"refusal": RefusalReward, "coherence": CoherenceReward}.get(name)
+        if name in taken or (owner is not None and not isinstance(term, owner)):
+            raise ConfigError(
+                f"reward_funcs: the name '{name}' is taken by {taken.get(name, 'a built-in term')}, and metrics and "
+                "tables go by name; rename your function"
+            )
+        taken[name] = "another term"
+        terms.append(term)
+    return terms
 
 
 def load_reward_function(path: str) -> CheckedReward:
     """Import a user's reward function by `package.module:function`.
 
     Raises:
-        ConfigError: the path has another form, or leads to nothing that can be called.
+        ConfigError: the path has another form, or leads to nothing that can be called, or to an `async def`.
     """
     module_name, _, attribute = path.partition(":")
     if not attribute:
