@@ -1,5 +1,6 @@
 """ShapedGRPOTrainer on a tiny model with transformers generation and a scripted guard."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
+from ballast.guardrails.types import RiskTrace
 from ballast.pipeline.config import ShapingConfig
 from ballast.pipeline.training.grpo import ShapedGRPOTrainer, StepRecord, check_options
 from ballast.rewards.guard_reward import GuardReward
+from ballast.rewards.terms import CheckedReward
 
 pytestmark = pytest.mark.model
 
@@ -83,27 +86,21 @@ def test_shaping_off_equals_trl_bit_for_bit(tmp_path: Path, tiny_model: Any, tok
         assert torch.equal(value, after_plain[name]), name
 
 
+class FailsOnFirst:
+    """`by_length`, with the first completion of every batch unscored."""
+
+    name = "fails"
+
+    def assess(self, exchanges: Any, cuts: Any) -> Any:
+        traces = ScriptedGuardrail(by_length).assess(exchanges, cuts)
+        return [RiskTrace.unscored(cuts[0], "planted"), *traces[1:]]
+
+
 def test_unscored_rows_get_advantage_zero_and_leave_the_normaliser(
     tmp_path: Path, tiny_model: Any, tokenizer: Any
 ) -> None:
-    calls = iter(range(1000))
-
-    class FailsOnOne:
-        name = "fails"
-
-        def __init__(self) -> None:
-            self.inner = ScriptedGuardrail(by_length)
-
-        def assess(self, exchanges: Any, cuts: Any) -> Any:
-            next(calls)
-            traces = self.inner.assess(exchanges, cuts)
-            from ballast.guardrails.types import RiskTrace
-
-            traces[0] = RiskTrace.unscored(cuts[0], "planted")
-            return traces
-
     records: list[StepRecord] = []
-    trainer = shaped(tmp_path, tiny_model, tokenizer, FailsOnOne(), records, args={"max_steps": 1})
+    trainer = shaped(tmp_path, tiny_model, tokenizer, FailsOnFirst(), records, args={"max_steps": 1})
     seen: dict[str, Any] = {}
     original = trainer._compute_loss
 
@@ -120,11 +117,49 @@ def test_unscored_rows_get_advantage_zero_and_leave_the_normaliser(
     assert (seen["tool_mask"].sum(1) == 0).sum() == 1
 
 
+def constant(completion_ids: Any, **_: Any) -> list[float]:
+    return [5.0] * len(completion_ids)
+
+
+@pytest.mark.parametrize(("loss_type", "scale"), [("dapo", 1.0), ("grpo", 8 / 7), ("dr_grpo", 8 / 7)])
+def test_unscored_completion_leaves_the_baseline_alone_with_shaping_off(
+    tmp_path: Path, tiny_model: Any, tokenizer: Any, loss_type: str, scale: float
+) -> None:
+    # A loss that divides by 8 rows, one of them unscored, would be 7/8 of the mean over those that count.
+    records: list[StepRecord] = []
+    # The second term scores every row, so that TRL counts the unscored one as 0 + 5 beside star + 5.
+    trainer = shaped(
+        tmp_path,
+        tiny_model,
+        tokenizer,
+        FailsOnFirst(),
+        records,
+        shaping=None,
+        reward_funcs=[CheckedReward(constant, "constant", not_on=())],
+        args={"max_steps": 1, "loss_type": loss_type},
+    )
+    trainer.train()
+    star = records[0].rewards["star"]
+    assert star[0] is None
+    scored = [value for value in star[1:4] if value is not None]
+    mean, spread = statistics.mean(scored), max(statistics.stdev(scored), 0.1)
+    expected = [0.0, *(scale * (value - mean) / spread for value in scored)]
+    assert records[0].advantage_NT[:4, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    logged = trainer.state.log_history[0]
+    # Every row's weighted mean is (star + 5) / 2, over the seven scored rows.
+    mean_star = statistics.mean(value for value in star if value is not None)
+    assert logged["reward/star"] == pytest.approx(mean_star, abs=1e-5)
+    assert logged["reward/total"] == pytest.approx((mean_star + 5) / 2, abs=1e-5)
+    # Without shaping every group is centred.
+    assert logged["advantage/group_mean_min"] == pytest.approx(0, abs=1e-5)
+    assert logged["advantage/group_mean_max"] == pytest.approx(0, abs=1e-5)
+
+
 def test_above_the_limit_of_unscored_completions_the_run_stops_with_the_cause(
     tmp_path: Path, tiny_model: Any, tokenizer: Any
 ) -> None:
     guard = ScriptedGuardrail(lambda exchange, prefix: float("nan"))
-    with pytest.raises(GuardError, match=r"100% of 8 completions unscored.*nan"):
+    with pytest.raises(GuardError, match=r"8 of 8 completions \(100%\) unscored at step 0.*nan"):
         shaped(tmp_path, tiny_model, tokenizer, guard, []).train()
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 _SHOWN = {
     "loss": "loss",
-    "reward": "reward",
+    "reward/total": "reward",
     "risk/mean": "risk",
     "risk/violation_rate": "unsafe",
     "risk/unscored_share": "unscored",
@@ -45,7 +45,7 @@ class MetricsCallback(TrainerCallback):
         if "loss" not in logs:  # the summary at the end of training
             return
         self.context.folder.log({"event": "step", "stage": self.stage, "step": state.global_step, **logs})
-        shown = "  ".join(f"{name} {float(logs[key]):.3g}" for key, name in _SHOWN.items() if key in logs)
+        shown = "  ".join(f"{name} {float(logs[key]):.3g}" for key, name in _SHOWN.items() if logs.get(key) is not None)
         elapsed = time.perf_counter() - self._begun
         left = elapsed / max(1, state.global_step) * (state.max_steps - state.global_step)
         self.context.say(

@@ -10,7 +10,6 @@ A contract test fails when upstream moves them (`tests/pipeline/test_trl_seams.p
     N completions on this process, in groups of G   T policy tokens   K segments   R reward terms
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,16 @@ from trl import GRPOConfig, GRPOTrainer
 from ballast.errors import ConfigError, GuardError
 from ballast.pipeline.config import ShapingConfig
 from ballast.pipeline.prompting import PromptFormat
+from ballast.pipeline.training.step_metrics import group_metrics, reward_metrics, row_mean, signal_metrics
 from ballast.rewards.advantages import sum_of_zscores
 from ballast.rewards.guard_reward import GuardReward, ScoredBatch
+from ballast.rewards.outage import stop_above_limit
 from ballast.rewards.shaping import drop_advantage, drop_scale, drops, gate
 from ballast.rewards.star import pad_segments, spread_to_tokens
+from ballast.rewards.terms import checked_terms
 
 DEFAULT_SHAPING = ShapingConfig()
+_OVER_ROWS = ("grpo", "sapo", "dr_grpo")  # losses of TRL's that divide by the number of rows
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,13 @@ class ShapedGRPOTrainer(GRPOTrainer):
 
     Args:
         guard_reward: the guard as a reward; scored once a batch, also read for the per-token signal.
-        reward_funcs: further terms: callables of TRL's form that keep their last answer in `last`
-            (`RefusalReward`, `CoherenceReward`, `CheckedReward`).
+        reward_funcs: further terms: `RefusalReward`, `CoherenceReward`, and callables of TRL's form, each under a
+            name of its own; the latter become a `CheckedReward`, which does not apply to `harmful` prompts.
         shaping: which shaping terms apply, and how strongly; None leaves TRL's own advantages, the same at every
-            token of a completion.
+            token of a completion. In a batch with unscored completions TRL would count them into the baseline with
+            whatever the other terms gave them; there the sum of our z-scores takes their place.
         star_on: kinds of prompts whose reward includes the guard's STAR; on others the STAR only gates and
-            charges drops.
+            charges drops. With `shaping=None` the STAR counts on every kind, as in TRL's own sum.
         std_floor: smallest group spread that a reward is divided by.
         max_unscored_share: share of unscored completions of a batch above which the run stops.
         prompt_format: encodes prompts; None leaves it to TRL.
@@ -71,7 +75,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
         **kwargs: as for `GRPOTrainer`.
 
     Raises:
-        ConfigError: an option of TRL's that is wrong with per-token advantages.
+        ConfigError: an option of TRL's that is wrong with per-token advantages, or what `checked_terms` refuses.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
     ) -> None:
         check_options(args)
         self.guard_reward = guard_reward
-        self.terms = [guard_reward, *reward_funcs]
+        self.terms = [guard_reward, *checked_terms(reward_funcs)]
         self.shaping = shaping
         self.star_on = frozenset(star_on)
         self.std_floor = std_floor
@@ -98,7 +102,6 @@ class ShapedGRPOTrainer(GRPOTrainer):
         self.prompt_format = prompt_format
         self.on_batch = on_batch
         super().__init__(reward_funcs=list(self.terms), args=args, **kwargs)
-        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_without_completions)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         if self.prompt_format is None or isinstance(prompts[0], str):
@@ -110,19 +113,22 @@ class ShapedGRPOTrainer(GRPOTrainer):
         scored = self.guard_reward.last
         if scored is None or len(scored.texts) != len(inputs):
             raise GuardError("the guard's scores do not belong to this batch; use one GuardReward for one trainer only")
-        scored_all_N = self.accelerator.gather(scored.scores.scored_N.to(self.accelerator.device)).cpu()
+        scored_all_N = self._gather(scored.scores.scored_N)
         self._stop_above_limit(scored, scored_all_N)
         kinds = [row.get("kind") for row in inputs]
         rewards = self._rewards(scored, kinds)
+        missing = float("nan")
+        reward_NR = torch.tensor([[missing if v is None else v for v in column] for column in rewards.values()]).T
+        reward_all_NR = self._gather(reward_NR)
         segment_NT = pad_segments(scored.segments, output["completion_ids"].size(1))
-        if self.shaping is None:
+        if self.shaping is None and scored_all_N.all():
             advantage_NT = output["advantages"].cpu()[:, None].masked_fill(segment_NT < 0, 0.0)
         else:
-            advantage_NT = self._advantages(scored, rewards, segment_NT, scored_all_N, self.shaping)
+            advantage_NT = self._advantages(scored, reward_all_NR, segment_NT, scored_all_N)
         if not scored_all_N.all():
-            self._leave_out_unscored(output, scored)
+            advantage_NT = advantage_NT * self._leave_out_unscored(output, scored, scored_all_N)
         output["advantages"] = advantage_NT.to(output["completion_ids"].device)
-        self._report(scored, advantage_NT, segment_NT)
+        self._report(scored, reward_all_NR, scored_all_N, (advantage_NT, segment_NT))
         if self.on_batch is not None and self.model.training:
             ids = [
                 row[keep].tolist()
@@ -133,8 +139,9 @@ class ShapedGRPOTrainer(GRPOTrainer):
         return output
 
     def _rewards(self, scored: ScoredBatch, kinds: Sequence[str | None]) -> dict[str, list[float | None]]:
+        everywhere = self.shaping is None  # as TRL adds them up
         star = [
-            None if value != value or (kind is not None and kind not in self.star_on) else value
+            None if value != value or not (everywhere or kind is None or kind in self.star_on) else value
             for value, kind in zip(scored.lowest_star_N.tolist(), kinds, strict=True)
         ]
         return {"star": star, **{term.__name__: list(term.last) for term in self.terms[1:]}}
@@ -142,62 +149,68 @@ class ShapedGRPOTrainer(GRPOTrainer):
     def _advantages(
         self,
         scored: ScoredBatch,
-        rewards: dict[str, list[float | None]],
+        reward_all_NR: torch.Tensor,
         segment_NT: torch.Tensor,
         scored_all_N: torch.Tensor,
-        shaping: ShapingConfig,
     ) -> torch.Tensor:
-        """(N, T) shaped advantages of this process's rows; statistics are over all processes' rows."""
-        G = self.num_generations if self.model.training else self.num_generations_eval
-        reward_NR = torch.tensor([[float("nan") if v is None else v for v in column] for column in rewards.values()]).T
-        drop_NK = drops(scored.clean_NK, scored.scores.start_N, scored.scores.segment_mask_NK, shaping.drop.slack)
-        # One gather for all group statistics: groups straddle processes.
-        local = torch.cat([reward_NR, drop_NK.sum(1, keepdim=True)], dim=1)
-        everyone = self.accelerator.gather(local.to(self.accelerator.device)).cpu()
-        own = slice(self.accelerator.process_index * len(local), (self.accelerator.process_index + 1) * len(local))
-        z_N = sum_of_zscores(everyone[:, :-1], self.reward_weights.cpu(), scored_all_N, G, self.std_floor)[own]
+        """(N, T) advantages of this process's rows; statistics are over all processes' rows."""
+        G, shaping, N = self._group_size, self.shaping, len(segment_NT)
+        own = slice(self.accelerator.process_index * N, (self.accelerator.process_index + 1) * N)
+        z_N = sum_of_zscores(reward_all_NR, self.reward_weights.cpu(), scored_all_N, G, self.std_floor)[own]
         clean_NK = scored.clean_NK
-        advantage_NK = (
-            gate(z_N, clean_NK, shaping.gate.tau) if shaping.gate.enabled else z_N[:, None].expand_as(clean_NK)
-        )
-        if shaping.drop.weight > 0:
-            scale_N = drop_scale(everyone[:, -1], scored_all_N, G, shaping.drop.std_floor)[own]
+        advantage_NK = z_N[:, None].expand_as(clean_NK)
+        if shaping is not None and shaping.gate.enabled:
+            advantage_NK = gate(z_N, clean_NK, shaping.gate.tau)
+        if shaping is not None and shaping.drop.weight > 0:
+            drop_NK = drops(clean_NK, scored.scores.start_N, scored.scores.segment_mask_NK, shaping.drop.slack)
+            scale_N = drop_scale(self._gather(drop_NK.sum(1)), scored_all_N, G, shaping.drop.std_floor)[own]
             advantage_NK = advantage_NK + drop_advantage(drop_NK, scale_N, shaping.drop.weight)
         return spread_to_tokens(advantage_NK.masked_fill(~scored.scores.scored_N[:, None], 0.0), segment_NT)
 
     def _stop_above_limit(self, scored: ScoredBatch, scored_all_N: torch.Tensor) -> None:
-        share = 1.0 - scored_all_N.float().mean().item()
-        if share > self.max_unscored_share:
-            reason = next((trace.reason for trace in scored.traces if trace.reason), "on another process")
-            raise GuardError(
-                f"guardrail '{self.guard_reward.guard.name}' left {share:.0%} of {len(scored_all_N)} completions unscored at step "
-                f"{self.state.global_step}, above train.max_unscored_share = {self.max_unscored_share:.0%}; first reason: {reason}. "
-                "Mend the guard and run again with --resume, or raise the limit"
-            )
+        stop_above_limit(
+            unscored=int((~scored_all_N).sum()),
+            total=len(scored_all_N),
+            limit=self.max_unscored_share,
+            guard=self.guard_reward.guard.name,
+            reason=next((trace.reason for trace in scored.traces if trace.reason), "on another process"),
+            where=f"at step {self.state.global_step}",
+        )
 
-    def _leave_out_unscored(self, output: dict[str, Any], scored: ScoredBatch) -> None:
-        """Take the tokens of unscored rows out of the loss and out of its normaliser."""
+    def _leave_out_unscored(self, output: dict[str, Any], scored: ScoredBatch, scored_all_N: torch.Tensor) -> float:
+        """Take the tokens of unscored rows out of the loss and out of its normaliser.
+
+        Returns:
+            What the advantages must be multiplied by: 1 for losses that divide by the number of unmasked tokens,
+            N / N_scored for those that divide by the number of rows, where an unscored row would shrink the step.
+            A KL penalty (`beta` > 0) is no advantage: under the latter it stays divided by all N rows.
+        """
         keep = scored.scores.scored_N[:, None].long()
         # `completion_mask` is the attention mask too, so the loss is masked by `tool_mask`.
         mask = output["completion_mask"]
         output["tool_mask"] = keep.to(mask.device) * output.get("tool_mask", torch.ones_like(mask))
         output["num_items_in_batch"] = self.accelerator.gather((mask * output["tool_mask"]).sum()).sum()
+        return len(scored_all_N) / max(1, int(scored_all_N.sum())) if self.loss_type in _OVER_ROWS else 1.0
 
-    def _report(self, scored: ScoredBatch, advantage_NT: torch.Tensor, segment_NT: torch.Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        valid = scored.scores.scored_N
-        risk_N = 1.0 - scored.lowest_star_N[valid]
-        token_NT = segment_NT >= 0
+    def _report(
+        self, scored: ScoredBatch, reward_NR: torch.Tensor, scored_all_N: torch.Tensor, signal: tuple[Any, Any]
+    ) -> None:
+        row_mean_N = self._gather(row_mean(*signal))
         values = {
-            "risk/mean": risk_N.mean().item() if len(risk_N) else float("nan"),
-            "risk/violation_rate": (risk_N > 0.5).float().mean().item() if len(risk_N) else float("nan"),
-            "risk/unscored_share": 1.0 - valid.float().mean().item(),
-            "advantage/mean": advantage_NT[token_NT].mean().item() if token_NT.any() else 0.0,
-            "advantage/negative_share": (advantage_NT[token_NT] < 0).float().mean().item() if token_NT.any() else 0.0,
-            "guard/seconds": scored.seconds,
+            **signal_metrics(scored, *signal),
+            **reward_metrics([t.__name__ for t in self.terms], reward_NR, self.reward_weights.cpu(), scored_all_N),
+            **group_metrics(row_mean_N, scored_all_N, self._group_size),
         }
         for name, value in values.items():
-            self._metrics[mode][name].append(value)
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _gather(self, value: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes, on the CPU: groups straddle processes, and statistics are over whole groups."""
+        return self.accelerator.gather(value.to(self.accelerator.device)).cpu()
 
 
 def check_options(args: GRPOConfig) -> None:
@@ -269,8 +282,3 @@ def check_options(args: GRPOConfig) -> None:
             raise ConfigError(
                 f"GRPOConfig.{name} = {value!r} does not work with per-token advantages: {reason}; set {name}={instead!r}"
             )
-
-
-def _without_completions(record: logging.LogRecord) -> bool:
-    """Keep TRL's warning about unscored rows out of the log: it holds prompt and completion."""
-    return not str(record.msg).startswith("All reward functions returned None")

@@ -1,0 +1,75 @@
+"""What a training step is logged by: pure functions of one batch.
+
+    N completions in groups of G   T policy tokens   R reward terms
+
+NaN stands for "nothing to say": the trainer leaves it out of its averages.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ballast.rewards.advantages import group_mean
+from ballast.rewards.guard_reward import ScoredBatch
+
+NAN = float("nan")
+
+
+def signal_metrics(scored: ScoredBatch, advantage_NT: torch.Tensor, segment_NT: torch.Tensor) -> dict[str, float]:
+    """The guard's judgement and the advantages of this process's rows; padding is segment -1."""
+    valid_N = scored.scores.scored_N
+    risk_N = 1.0 - scored.lowest_star_N[valid_N]
+    advantage = advantage_NT[segment_NT >= 0]
+    return {
+        "risk/mean": risk_N.mean().item() if len(risk_N) else NAN,
+        "risk/violation_rate": (risk_N > 0.5).float().mean().item() if len(risk_N) else NAN,
+        "risk/unscored_share": 1.0 - valid_N.float().mean().item(),
+        "advantage/mean": advantage.mean().item() if len(advantage) else 0.0,
+        "advantage/negative_share": (advantage < 0).float().mean().item() if len(advantage) else 0.0,
+        "guard/seconds": scored.seconds,
+    }
+
+
+def reward_metrics(
+    names: Sequence[str], reward_NR: torch.Tensor, weight_R: torch.Tensor, scored_N: torch.Tensor
+) -> dict[str, float]:
+    """Mean of every term, and of the terms' weighted mean, over the rows that the guard could judge.
+
+    Args:
+        names: (R,) names of the terms.
+        reward_NR: rewards; NaN where a term does not apply.
+        weight_R: weights of the terms.
+        scored_N: False where the guard could not judge the row.
+
+    Returns:
+        `reward/NAME` over the rows that a term applies to, and `reward/total`: a row's total is the weighted mean
+        of the terms that apply to it, so that kinds with few terms and kinds with many are on one scale.
+    """
+    valid_NR = scored_N[:, None] & ~reward_NR.isnan()
+    value_NR = reward_NR.nan_to_num(0.0)
+    weight_N = (valid_NR * weight_R).sum(dim=1)
+    total_N = (value_NR * valid_NR * weight_R).sum(dim=1)[weight_N > 0] / weight_N[weight_N > 0]
+    means = {
+        f"reward/{name}": value_N[valid_N].mean().item() if valid_N.any() else NAN
+        for name, value_N, valid_N in zip(names, value_NR.unbind(1), valid_NR.unbind(1), strict=True)
+    }
+    return {**means, "reward/total": total_N.mean().item() if len(total_N) else NAN}
+
+
+def row_mean(advantage_NT: torch.Tensor, segment_NT: torch.Tensor) -> torch.Tensor:
+    """(N,) mean advantage of each row's tokens; 0 for a row without any."""
+    return advantage_NT.sum(dim=1) / (segment_NT >= 0).sum(dim=1).clamp(min=1)
+
+
+def group_metrics(advantage_N: torch.Tensor, scored_N: torch.Tensor, group_size: int) -> dict[str, float]:
+    """Lowest and highest mean advantage of a group, over its scored rows.
+
+    A baseline puts it at 0 and gating moves it away: a group far below 0 is pushed down as a whole, whatever its
+    rows are in comparison with each other.
+    """
+    has_scored_N = scored_N.view(-1, group_size).any(dim=1).repeat_interleave(group_size)
+    mean_N = group_mean(advantage_N, scored_N, group_size)[has_scored_N]
+    return {
+        "advantage/group_mean_min": mean_N.min().item() if len(mean_N) else NAN,
+        "advantage/group_mean_max": mean_N.max().item() if len(mean_N) else NAN,
+    }
