@@ -31,8 +31,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "Ballast needs Python 3.11 to 3.13, this is %d.%d: set PYTHON=python3.11" % sys.version_info[:2])'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) (about 3.5 GB; half a minute with a warm cache)"
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) --override overrides.txt -e '.[$(EXTRA),embedded,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND) --override overrides.txt -e '.[$(EXTRA),embedded,dev]'
 	touch $@
 
 demo: setup

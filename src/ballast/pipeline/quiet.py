@@ -18,10 +18,11 @@ _ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 # Libraries that have no such variable.
-_LOGGERS = ("accelerate", "peft", "torch", "trl")
+_LOGGERS = ("accelerate", "peft", "torch", "trl", "vllm")
 
 # Advice to whoever writes the training loop, which the reader of a run can do nothing about.
 _MESSAGES = (
