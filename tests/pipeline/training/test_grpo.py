@@ -1,5 +1,6 @@
 """ShapedGRPOTrainer on a tiny model with transformers generation and a scripted guard."""
 
+import inspect
 import statistics
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer, rloo_trainer
 
 from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
@@ -198,3 +200,14 @@ def test_options_that_are_wrong_with_per_token_advantages_are_refused(tmp_path: 
 def test_truncated_sampling_under_importance_correction_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="top_p"):
         check_options(arguments(tmp_path, use_vllm=True, vllm_mode="colocate", top_p=0.9))
+
+
+@pytest.mark.parametrize("module", [grpo_trainer, rloo_trainer])
+def test_trls_warning_about_unscored_rows_begins_as_we_know_it(module: Any) -> None:
+    assert 'f"All reward functions returned None' in inspect.getsource(module)
+
+
+def test_the_losses_that_divide_by_rows_are_those_we_rescale() -> None:
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert 'if self.loss_type in ["grpo", "sapo"]:' in source
+    assert "(per_token_loss.size(0) * self.max_completion_length)" in source
