@@ -5,10 +5,12 @@ import json
 import re
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from ballast.errors import DataError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
@@ -16,6 +18,7 @@ from ballast.pipeline.evaluation.measure import measure_model, read_verdicts
 from ballast.pipeline.evaluation.metrics import EvaluationSummary
 from ballast.pipeline.generation import ScriptedGenerator
 from ballast.pipeline.run import STAGES, run, stage_settings
+from ballast.pipeline.stages import score
 
 pytestmark = pytest.mark.model
 
@@ -154,7 +157,13 @@ def test_without_align_there_are_two_rows_and_one_comparison(tmp_path, tokenizer
     assert list(summary["comparisons"]) == ["start -> after GRPO"]
 
 
+def allow_unscored(context, share):
+    train = context.config.train.model_copy(update={"max_unscored_share": share})
+    context.config = context.config.model_copy(update={"train": train})
+
+
 def test_answers_that_a_guard_cannot_score_are_left_out_and_told(context, tmp_path):
+    allow_unscored(context, 1.0)
     context.judge = ScriptedGuardrail(lambda exchange, prefix: None if "zanzibar" in prefix else 0.2)
     context.guard = ScriptedGuardrail(lambda exchange, prefix: None)
     summary = measure_model(context, "start", tmp_path, "start")
@@ -168,6 +177,48 @@ def test_answers_that_a_guard_cannot_score_are_left_out_and_told(context, tmp_pa
     rows = pq.read_table(tmp_path / "start.parquet").to_pylist()
     assert [row["risk"] for row in rows] == [None] * 4 + [0.2] * 4
     assert [row["guard_risk"] for row in rows] == [None] * 8
+
+
+@pytest.mark.parametrize("who", ["guard", "judge"])
+def test_a_measurement_stops_where_too_much_is_unscored_and_keeps_the_answers(context, tmp_path, who):
+    # Half of the answers, 4 of 8, are those to harmful prompts.
+    setattr(context, who, ScriptedGuardrail(lambda exchange, prefix: None if "zanzibar" in prefix else 0.2, who))
+    allow_unscored(context, 0.49)
+    with pytest.raises(
+        GuardError, match=rf"guardrail '{who}' left 4 of 8 completions .* test answers of model 'start'"
+    ):
+        measure_model(context, "start", tmp_path, "start")
+    assert not (tmp_path / "start.json").exists()
+    assert len(pq.read_table(tmp_path / "start.parquet")) == 8
+    allow_unscored(context, 0.5)
+    measure_model(context, "start", tmp_path, "start")
+
+
+def test_an_empty_answer_is_no_failure_of_the_judge(context, tmp_path):
+    context._generator.answer = lambda ids, seed: ""
+    allow_unscored(context, 0.0)
+    assert measure_model(context, "start", tmp_path, "start").mean_risk.unscored == 4
+
+
+def test_scoring_stops_where_too_much_is_unscored(context, tmp_path):
+    allow_unscored(context, 0.25)
+    context.guard = ScriptedGuardrail(lambda exchange, prefix: None, "guard")
+    folder = context.folder.path / "rollout"
+    folder.mkdir(parents=True)
+    ids = context.tokenizer(ANSWERS)["input_ids"]
+    pq.write_table(pa.Table.from_pylist([{"prompt": "Hello", "token_ids": ids}]), folder / "rollouts.parquet")
+    (folder / "record.json").write_text("{}")
+    with pytest.raises(GuardError, match=r"guardrail 'guard' left 1 of 1 completions .*among the rollouts"):
+        score.run_stage(context, tmp_path)
+    assert (tmp_path / "scores.parquet").is_file()
+
+
+def test_a_prompt_that_cannot_be_answered_stops_a_measurement_before_the_first_answer(context, tmp_path):
+    data = tmp_path / "test.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in [*PROMPTS, {"prompt": "tea " * 2000, "kind": "ordinary"}]))
+    with pytest.raises(DataError, match=r"1 of 5 prompts are too long .*row test-4, has 20\d\d tokens"):
+        measure_model(context, "start", tmp_path, "start")
+    assert context.seeds == []
 
 
 def test_the_guard_reads_the_conversation_that_the_policy_read(context, tmp_path):
@@ -188,6 +239,7 @@ def test_rollouts_of_the_reference_model_are_scored_at_every_cut(context, tmp_pa
         }
     )
     # Answers that do not comply cannot be scored here.
+    allow_unscored(context, 1.0)
     context.guard = ScriptedGuardrail(lambda exchange, prefix: 0.8 if exchange.response == COMPLIES else None)
     pretend_trained(context, "align")
     run(context.config, ["rollout", "score"], context=context)

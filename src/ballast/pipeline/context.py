@@ -3,7 +3,8 @@
 A part is made when a stage first asks for it, and kept: one vLLM engine serves measurements and training.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ballast.errors import ModelError
+from ballast.errors import ConfigError, DataError, ModelError
 from ballast.guardrails.registry import load_guardrail
 from ballast.guardrails.types import Guardrail
 from ballast.models import resolve_model
-from ballast.pipeline.config import RunConfig, TransformersGeneration
+from ballast.pipeline.config import RunConfig, SamplingConfig, TransformersGeneration
+from ballast.pipeline.data import Row
+from ballast.pipeline.evaluation.suites import SuitePrompt
 from ballast.pipeline.generation import Generator, TransformersGenerator, VLLMGenerator
 from ballast.pipeline.generation import Progress as Report
 from ballast.pipeline.prompting import PromptFormat
@@ -87,6 +90,28 @@ class RunContext:
         with self.console.status("starting vLLM"):
             return VLLMEngine(self.start_model, options, self.config.model.dtype, self.config.seed)
 
+    def encode_prompts(self, rows: Sequence[Row | SuitePrompt], sampling: SamplingConfig) -> list[list[int]]:
+        """Token ids of requests, all of them checked before the first is answered.
+
+        Raises:
+            DataError: a request that does not fit vLLM together with its answer, or whose text cannot be told
+                apart from the template's special tokens; the message names its row.
+        """
+        options = self.config.generation
+        encoded = [self.prompt_format.encode_request(row.id, row.prompt) for row in rows]
+        if isinstance(options, TransformersGeneration):
+            return encoded
+        long = [(len(ids), row.id) for row, ids in zip(rows, encoded, strict=True)]
+        long = [(n, row_id) for n, row_id in long if n + sampling.max_new_tokens > options.max_model_len]
+        if long:
+            tokens, row_id = max(long)
+            raise DataError(
+                f"{len(long)} of {len(rows)} prompts are too long for generation.max_model_len = {options.max_model_len}; the longest, "
+                f"row {row_id}, has {tokens} tokens, and sampling.max_new_tokens = {sampling.max_new_tokens} come on top: raise "
+                f"generation.max_model_len to {tokens + sampling.max_new_tokens}, lower max_new_tokens, or drop the rows"
+            )
+        return encoded
+
     def generator(self, model: str) -> Generator:
         """A generator that holds the weights of `model`, a a folder of the policy's architecture."""
         generator = self._generator
@@ -131,6 +156,23 @@ class RunContext:
         """Free the engine."""
         if "engine" in self.__dict__:
             self.engine.close()
+
+
+def check_one_device() -> None:
+    """Training here is one process on one device.
+
+    Raises:
+        ConfigError: more than one process was launched, or more than one GPU is visible.
+    """
+    import torch
+
+    processes, gpus = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > 1 or gpus > 1:
+        found = f"{processes} processes were launched" if processes > 1 else f"{gpus} GPUs are visible"
+        raise ConfigError(
+            f"{found}, and this version trains in one process on one device: set CUDA_VISIBLE_DEVICES=0 and start "
+            "`ballast` itself, without accelerate launch or torchrun"
+        )
 
 
 def load_policy(model: str, dtype: str) -> Any:

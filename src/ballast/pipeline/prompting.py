@@ -68,6 +68,18 @@ class PromptFormat:
             return self._ids(rendered, split_special_tokens=False)
         return self._encode_apart(turns, rendered)
 
+    def encode_request(self, row_id: str, prompt: str) -> list[int]:
+        """Token ids of a single request, with its row's name in what is refused.
+
+        Raises:
+            DataError: as in `encode`.
+            ModelError: as in `encode`.
+        """
+        try:
+            return self.encode(self.messages(prompt))
+        except DataError as error:
+            raise DataError(f"row {row_id}: {error}") from error
+
     def fingerprint(self) -> str:
         """sha256 over the token ids of fixed probe conversations, the stop token and the system prompt."""
         record = {

@@ -11,6 +11,7 @@ from ballast.pipeline.data import held_out_suite
 from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
 from ballast.pipeline.evaluation.metrics import EvaluationSummary, summarize
 from ballast.pipeline.run_folder import write_text
+from ballast.rewards.outage import stop_above_limit
 
 if TYPE_CHECKING:
     from ballast.pipeline.context import RunContext
@@ -31,11 +32,17 @@ def measure_model(
         folder: where the two files go.
         label: their name: start, aligned, final.
         training_tokens_per_s: for the table.
+
+    Raises:
+        DataError: a prompt that cannot be given to the model; nothing has been generated then.
+        GuardError: guard or judge left more than `train.max_unscored_share` unscored; the table of answers is written
+            first, with the reasons.
     """
     config = context.config
-    suite = held_out_suite(config.data)
-    prompts = [prompt for prompt in suite.prompts for _ in range(config.evaluate.samples)]
-    ids = [context.prompt_format.encode(context.prompt_format.messages(prompt.prompt)) for prompt in prompts]
+    suite, samples = held_out_suite(config.data), range(config.evaluate.samples)
+    encoded = context.encode_prompts(suite.prompts, config.evaluate.sampling)
+    prompts = [prompt for prompt in suite.prompts for _ in samples]
+    ids = [of_prompt for of_prompt in encoded for _ in samples]
     generator = context.generator(model)
     started = time.perf_counter()
     with context.progress(f"{label}: answering", len(ids)) as done:
@@ -49,11 +56,12 @@ def measure_model(
     ]
     with context.console.status(f"{label}: judging"):
         verdicts = judge_completions(completions, context.judge, threshold=config.evaluate.threshold)
-        guard_risk, reward = _rewards(context, completions, answers)
+        guard_risk, reward, guard_reason = _rewards(context, completions, answers)
+    _write_rows(folder / f"{label}.parquet", completions, verdicts, guard_risk, reward)
+    _stop_above_limit(context, label, completions, verdicts, guard_risk, guard_reason)
     summary = summarize(
         verdicts, guard_risk, reward, config.seed, config.evaluate.interval, tokens_per_s, training_tokens_per_s
     )
-    _write_rows(folder / f"{label}.parquet", completions, verdicts, guard_risk, reward)
     write_text(folder / f"{label}.json", summary.to_json())
     context.folder.log({"event": "measured", "model": label, **json.loads(summary.to_json())})
     return summary
@@ -67,19 +75,41 @@ def read_verdicts(path: Path) -> list[Verdict]:
     return [Verdict(**{name: row[name] for name in fields}) for row in pq.read_table(path).to_pylist()]
 
 
+def _stop_above_limit(
+    context: "RunContext",
+    label: str,
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+    guard_risk: Sequence[float | None],
+    guard_reason: str | None,
+) -> None:
+    limit, where = context.config.train.max_unscored_share, f"among the test answers of model '{label}'"
+    unscored = sum(risk is None for risk in guard_risk)
+    stop_above_limit(unscored, len(guard_risk), limit, context.guard.name, guard_reason, where)
+    # The judge is not asked about an empty answer, so that is no failure of the judge.
+    asked = [verdict for verdict, c in zip(verdicts, completions, strict=True) if c.text.strip()]
+    failed = [verdict for verdict in asked if verdict.risk is None]
+    reason = failed[0].reason if failed else None
+    stop_above_limit(len(failed), len(asked), limit, context.judge.name, reason, where)
+
+
 def _rewards(
     context: "RunContext", completions: Sequence[Completion], answers: "Sequence[Generated]"
-) -> tuple[list[float | None], list[float | None]]:
-    """The rewarding guard's risk of every answer, and the weighted mean of the configured reward terms."""
+) -> tuple[list[float | None], list[float | None], str | None]:
+    """The rewarding guard's risk of every answer, the weighted mean of the configured reward terms, and why the
+    first unscored answer is unscored.
+    """
     from ballast.rewards.guard_reward import GuardReward
     from ballast.rewards.terms import CoherenceReward, RefusalReward
 
     config, ids = context.config, [answer.ids for answer in answers]
-    star = GuardReward(context.guard, context.tokenizer, config.segments, config.shaping.clean_trace)(
+    scored = GuardReward(context.guard, context.tokenizer, config.segments, config.shaping.clean_trace).score(
         # The conversation as training shows it to the guard, system message included.
         [context.prompt_format.messages(c.prompt) for c in completions],
         ids,
     )
+    star = [None if value != value else value for value in scored.lowest_star_N.tolist()]
+    reason = next((trace.reason for trace, s in zip(scored.traces, star, strict=True) if s is None), None)
     refusal = RefusalReward(context.tokenizer)(completion_ids=ids, kind=[c.kind for c in completions])
     fluent = CoherenceReward(context.tokenizer)(completion_ids=ids)
     weights = (config.rewards.star, config.rewards.refusal, config.rewards.coherence)
@@ -95,7 +125,7 @@ def _rewards(
         ]
         total = sum(w for w, _ in applied)
         rewards.append(sum(w * t for w, t in applied) / total if total else None)
-    return [None if s is None else 1.0 - s for s in star], rewards
+    return [None if s is None else 1.0 - s for s in star], rewards, reason
 
 
 def _write_rows(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ballast.errors import DataError
 from ballast.pipeline.config import LoraConfig
-from ballast.pipeline.context import RunContext, load_policy
+from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, draw, load_rows, normalise
 from ballast.pipeline.prompting import PromptFormat
 
@@ -28,6 +28,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from ballast.pipeline.training.callbacks import MetricsCallback
     from ballast.pipeline.training.merge import save_merged
 
+    check_one_device()
     config, settings = context.config, context.config.align
     rows = alignment_rows(context)
     examples = [encode_answer(context.prompt_format, row, settings.max_length) for row in rows]
@@ -91,7 +92,7 @@ def encode_answer(prompt_format: PromptFormat, row: Row, max_length: int) -> dic
         raise DataError(
             f"row {row.id} has no answer to imitate; give data.response_column, or leave its source out of align.data"
         )
-    prompt = prompt_format.encode(prompt_format.messages(row.prompt))
+    prompt = prompt_format.encode_request(row.id, row.prompt)
     answer = tokenizer(row.response, add_special_tokens=False, split_special_tokens=True)["input_ids"] + [
         tokenizer.eos_token_id
     ]

@@ -15,8 +15,10 @@ def run_stage(context: RunContext, folder: Path) -> None:
     import pyarrow.parquet as pq
 
     config = context.config
-    rows = [row for row in training_rows(config.data, config.seed) for _ in range(config.rollout.samples)]
-    ids = [context.prompt_format.encode(context.prompt_format.messages(row.prompt)) for row in rows]
+    prompts, samples = training_rows(config.data, config.seed), range(config.rollout.samples)
+    encoded = context.encode_prompts(prompts, config.rollout.sampling)
+    rows = [row for row in prompts for _ in samples]
+    ids = [of_prompt for of_prompt in encoded for _ in samples]
     generator = context.generator(context.reference_model)
     with context.progress("rollout: answering", len(rows)) as done:
         answers = generator.generate(ids, config.rollout.sampling, config.seed, done)

@@ -1,12 +1,13 @@
 """score: the guard's risk at every cut of every rollout.
 
 Writes `scores.parquet`: the columns of `rollouts.parquet`, and cuts, risk (null where unscored),
-unscored_reason, lowest_star (null where unscored).
+unscored_reason, lowest_star (null where unscored). Stops where more is unscored than `train.max_unscored_share`.
 """
 
 from pathlib import Path
 
 from ballast.pipeline.context import RunContext
+from ballast.rewards.outage import stop_above_limit
 
 _BATCH = 64
 
@@ -31,6 +32,9 @@ def run_stage(context: RunContext, folder: Path) -> None:
                 judged = {"cuts": list(trace.cuts), "risk": list(trace.risk), "unscored_reason": trace.reason}
                 table.append({**row, **judged, "lowest_star": None if star != star else star})
             done(len(batch))
-    unscored = sum(row["lowest_star"] is None for row in table)
-    context.say(f"  {len(table)} completions scored, {unscored} unscored")
+    unscored = [row for row in table if row["lowest_star"] is None]
+    context.say(f"  {len(table)} completions scored, {len(unscored)} unscored")
     pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
+    reason = unscored[0]["unscored_reason"] if unscored else None
+    limit = config.train.max_unscored_share
+    stop_above_limit(len(unscored), len(table), limit, context.guard.name, reason, "among the rollouts")

@@ -13,9 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ballast.errors import BallastError, DataError
 from ballast.pipeline.config import RunConfig, VLLMGeneration
-from ballast.pipeline.context import RunContext, load_policy
-from ballast.pipeline.data import training_rows
+from ballast.pipeline.context import RunContext, check_one_device, load_policy
+from ballast.pipeline.data import Row, training_rows
 from ballast.pipeline.stages.align import peft_config, quiet
 
 
@@ -31,8 +32,9 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from ballast.rewards.guard_reward import GuardReward
     from ballast.rewards.terms import CoherenceReward, RefusalReward, load_reward_function
 
+    check_one_device()
     config, tokenizer = context.config, context.tokenizer
-    rows = training_rows(config.data, config.seed)
+    rows = training_prompts(context)
     dataset = Dataset.from_list(
         [{"prompt": context.prompt_format.messages(r.prompt), "kind": r.kind, "prompt_id": r.id} for r in rows]
     )
@@ -61,6 +63,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
+    check_all_steps_done(trainer.state.global_step, config.train.steps)
     trainer.model.save_pretrained(folder / "adapter")
     save_merged(trainer.model, tokenizer, context.prompt_format, folder / "model")
     (folder / "training.json").write_text(
@@ -73,6 +76,36 @@ def run_stage(context: RunContext, folder: Path) -> None:
             }
         )
     )
+
+
+def training_prompts(context: RunContext) -> list[Row]:
+    """The prompts to train on, each of which can be given to the model, and enough of them for a step.
+
+    Raises:
+        DataError: too few prompts, one that is measured on too, or one that cannot be given to the model.
+    """
+    config, needed = context.config, context.config.train.prompts_per_step
+    rows = training_rows(config.data, config.seed)
+    if len(rows) < needed:
+        raise DataError(
+            f"{len(rows)} training prompts are fewer than train.prompts_per_step = {needed}, so not one step could be made; "
+            f"lower train.prompts_per_step to {len(rows)} or give more prompts by data.train or data.max_train"
+        )
+    context.encode_prompts(rows, config.train.sampling)
+    return rows
+
+
+def check_all_steps_done(done: int, steps: int) -> None:
+    """TRL ends without an error where its sampler runs dry; a shorter training is not the one that was asked for.
+
+    Raises:
+        BallastError: fewer or more optimizer steps were made than `train.steps`.
+    """
+    if done != steps:
+        raise BallastError(
+            f"training ended after {done} of train.steps = {steps} steps, so its model is not the configured one and is not kept; "
+            "look at the last lines of metrics.jsonl for the reason, and run again with --resume"
+        )
 
 
 def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> Any:
