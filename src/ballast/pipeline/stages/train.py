@@ -17,6 +17,7 @@ from ballast.errors import BallastError, DataError
 from ballast.pipeline.config import RunConfig, VLLMGeneration
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, training_rows
+from ballast.pipeline.model_record import check_record
 from ballast.pipeline.stages.align import peft_config, quiet
 
 
@@ -34,6 +35,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
     check_one_device()
     config, tokenizer = context.config, context.tokenizer
+    check_record(Path(context.reference_model), context.prompt_format)
     rows = training_prompts(context)
     dataset = Dataset.from_list(
         [{"prompt": context.prompt_format.messages(r.prompt), "kind": r.kind, "prompt_id": r.id} for r in rows]
