@@ -24,3 +24,10 @@ def test_sampling_parameters_have_the_fields_that_requests_set() -> None:
     from vllm import SamplingParams
 
     assert {"max_tokens", "temperature", "logprobs", "seed"} <= set(inspect.signature(SamplingParams).parameters)
+
+
+@pytest.mark.vllm
+def test_dropping_cached_prefixes_answers_whether_it_did() -> None:
+    from vllm import LLM
+
+    assert inspect.signature(LLM.reset_prefix_cache).return_annotation in (bool, "bool")

@@ -131,7 +131,8 @@ class VLLMEngine:
             Seconds it took.
 
         Raises:
-            EngineError: the engine refused the weights; it must not be used afterwards.
+            EngineError: the engine refused the weights or kept prefixes of the former ones; it must not be used
+                afterwards.
         """
         started = time.perf_counter()
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
@@ -143,7 +144,11 @@ class VLLMEngine:
                 f"vLLM refused the new weights of '{self.model}': {_last_line(error)}. The policy must keep the "
                 "architecture and the names that the engine was started with"
             ) from error
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise EngineError(
+                f"vLLM kept cached prefixes of '{self.model}' from before its new weights, as it does while requests are running; "
+                "answers would mix two models: let every generate() end before load_weights()"
+            )
         self.weights_version += 1
         return time.perf_counter() - started
 
