@@ -45,7 +45,9 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     if finished.returncode or not summary_file.is_file():
         return {"exit_code": finished.returncode, "seconds": seconds, "criteria": {"finished": False}}
     summary = json.loads(summary_file.read_text())
-    return {"exit_code": 0, "seconds": seconds, "criteria": criteria(summary), **summary}
+    records = (arguments.runs / name).glob("*/record.json")
+    stages = {record["stage"]: record["seconds"] for record in (json.loads(path.read_text()) for path in records)}
+    return {"exit_code": 0, "stage_seconds": stages, "criteria": criteria(summary), **summary}
 
 
 def criteria(summary: dict[str, Any]) -> dict[str, bool]:
