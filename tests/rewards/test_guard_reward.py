@@ -89,6 +89,7 @@ def test_the_warning_of_stock_trl_loses_its_texts(
 ) -> None:
     GuardReward(ScriptedGuardrail({}), tokenizer)
     logger = logging.getLogger(f"trl.trainer.{trainer}_trainer")
+    caplog.set_level(logging.WARNING, logger=logger.name)  # another test may have quieted the libraries
     logger.warning("All reward functions returned None for the following kwargs:\n{'prompt': 'Count.'}")
     logger.warning("something else")
     assert "texts withheld" in caplog.text
