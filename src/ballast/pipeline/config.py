@@ -92,7 +92,9 @@ class DataConfig(Component):
     max_train: PositiveInt | None = Field(
         None, description="keep at most this many training prompts, drawn by the seed"
     )
-    max_test: PositiveInt | None = Field(None, description="keep at most this many test prompts, the same ones for every seed")
+    max_test: PositiveInt | None = Field(
+        None, description="keep at most this many test prompts, the same ones for every seed"
+    )
 
 
 class SamplingConfig(Component):
