@@ -13,19 +13,24 @@ with the rest, so that words that no training prompt holds have a weight, too.
 Trained by `benchmarks/train_guards.py`; its rows and numbers stand in `heads/weights/ngram.json`.
 """
 
+from __future__ import annotations
+
+import math
 import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from ballast.guardrails.types import Exchange, Message, RiskTrace
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 WEIGHTS = Path(__file__).parent / "heads" / "weights" / "ngram.safetensors"
 
@@ -58,6 +63,8 @@ class HashedText:
 
     def vector(self, cut: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Buckets and values of the text up to `cut`: 1 + log(count) each, scaled to length 1."""
+        import numpy as np
+
         index, count = np.unique(self.buckets[: bisect_right(self.ends, cut)] % size, return_counts=True)
         value = 1.0 + np.log(count)
         return index, value / np.sqrt(np.sum(value**2)) if len(value) else value
@@ -69,6 +76,8 @@ def hash_text(text: str) -> HashedText:
     A word that is cut in its middle has not ended yet and does not count, so that the n-grams of a prefix
     are always a prefix of the n-grams.
     """
+    import numpy as np
+
     grams = sorted(_grams(text), key=lambda gram: gram[0])
     buckets = np.array([zlib.crc32(gram.encode(errors="surrogatepass")) for _, gram in grams], dtype=np.int64)
     return HashedText(buckets=buckets, ends=[end for end, _ in grams])
@@ -110,10 +119,12 @@ class NgramModel:
     """
 
     def __init__(self, weights: Mapping[str, npt.NDArray[np.floating]]) -> None:
+        import numpy as np
+
         self.weights = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
 
     @classmethod
-    def load(cls, path: Path) -> "NgramModel":
+    def load(cls, path: Path) -> NgramModel:
         """Read the weights from safetensors."""
         from safetensors.numpy import load_file
 
@@ -121,6 +132,7 @@ class NgramModel:
 
     def save(self, path: Path) -> None:
         """Write the weights as float16 safetensors."""
+        import numpy as np
         from safetensors.numpy import save_file
 
         save_file({name: value.astype(np.float16) for name, value in self.weights.items()}, path)
@@ -145,7 +157,7 @@ class NgramModel:
 
 
 def _sigmoid(logit: float) -> float:
-    return float(1.0 / (1.0 + np.exp(-np.clip(logit, -60.0, 60.0))))
+    return 1.0 / (1.0 + math.exp(-min(60.0, max(-60.0, logit))))
 
 
 class NgramGuard:
