@@ -130,6 +130,22 @@ def held_out_suite(config: "DataConfig") -> Suite:
     return Suite("test", tuple(SuitePrompt(row.id, row.prompt, row.kind, row.category or "") for row in rows))
 
 
+def interleave(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The rows shuffled by the seed, with each kind spread evenly over the whole.
+
+    A training step sees a few prompts only; were they drawn freely, some steps would hold harmful prompts alone
+    and teach to refuse, and the next ones ordinary prompts alone and teach it away.
+    """
+    order = random.Random(seed)
+    placed: list[tuple[float, Row]] = []
+    for kind in KINDS:
+        of_kind = [row for row in rows if row.kind == kind]
+        order.shuffle(of_kind)
+        shift = order.random()
+        placed += [((i + shift) / len(of_kind), row) for i, row in enumerate(of_kind)]
+    return [row for _, row in sorted(placed, key=lambda item: item[0])]
+
+
 def normalise(prompt: str) -> str:
     """A prompt without case, punctuation and doubled spaces, by which two prompts count as the same."""
     return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split())

@@ -16,7 +16,7 @@ from typing import Any
 from ballast.errors import BallastError, DataError
 from ballast.pipeline.config import RunConfig, VLLMGeneration
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
-from ballast.pipeline.data import Row, training_rows
+from ballast.pipeline.data import Row, interleave, training_rows
 from ballast.pipeline.model_record import check_record
 from ballast.pipeline.stages.align import peft_config, quiet
 
@@ -87,7 +87,7 @@ def training_prompts(context: RunContext) -> list[Row]:
         DataError: too few prompts, one that is measured on too, or one that cannot be given to the model.
     """
     config, needed = context.config, context.config.train.prompts_per_step
-    rows = training_rows(config.data, config.seed)
+    rows = interleave(training_rows(config.data, config.seed), config.seed)
     if len(rows) < needed:
         raise DataError(
             f"{len(rows)} training prompts are fewer than train.prompts_per_step = {needed}, so not one step could be made; "
@@ -144,6 +144,7 @@ def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> 
         bf16=config.model.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
+        shuffle_dataset=False,  # the rows come in an order of our own, see `interleave`
         logging_steps=1,
         log_completions=False,
         save_strategy="no",
