@@ -224,3 +224,9 @@ def test_the_suite_keeps_its_rows_and_an_empty_category(tmp_path):
         ("mine-1", "ordinary", ""),
     ]
     assert len(held_out_suite(DataConfig(test=path, max_test=1)).prompts) == 1
+
+
+def test_a_limit_per_kind_keeps_a_large_source_from_drowning_the_others() -> None:
+    config = DataConfig(train=("shipped",), max_train_per_kind=20)
+    kinds = [row.kind for row in training_rows(config, seed=0)]
+    assert {kind: kinds.count(kind) for kind in KINDS} == {"harmful": 20, "scary": 20, "ordinary": 20}

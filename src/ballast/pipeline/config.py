@@ -92,6 +92,10 @@ class DataConfig(Component):
     max_train: PositiveInt | None = Field(
         None, description="keep at most this many training prompts, drawn by the seed"
     )
+    max_train_per_kind: PositiveInt | None = Field(
+        None,
+        description="keep at most this many training prompts of each kind, so that a large source of one kind does not drown the others",
+    )
     max_test: PositiveInt | None = Field(
         None, description="keep at most this many test prompts, the same ones for every seed"
     )

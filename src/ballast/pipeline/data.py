@@ -117,6 +117,9 @@ def training_rows(config: "DataConfig", seed: int) -> list[Row]:
             f"{len(shared)} of {len(train)} training prompts are test prompts too (first: row {shared[0]}), so the measurement "
             "would reward memory; choose other sources for data.train or data.test"
         )
+    if config.max_train_per_kind is not None:
+        by_kind = ([row for row in train if row.kind == kind] for kind in KINDS)
+        train = [row for rows in by_kind for row in draw(rows, config.max_train_per_kind, seed)]
     return draw(train, config.max_train, seed)
 
 
