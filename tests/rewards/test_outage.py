@@ -14,8 +14,9 @@ def test_a_share_at_the_limit_passes_and_one_above_it_stops():
 
 
 def test_nothing_asked_and_nothing_left_out_never_stop():
-    stop_above_limit(0, 0, 0.0, "rules", None, "at step 0")
-    stop_above_limit(0, 8, 0.0, "rules", None, "at step 0")
+    # Passing is returning: it raises where it stops.
+    assert stop_above_limit(0, 0, 0.0, "rules", None, "at step 0") is None
+    assert stop_above_limit(0, 8, 0.0, "rules", None, "at step 0") is None
 
 
 def test_one_unscored_completion_stops_where_none_is_allowed():
