@@ -8,28 +8,13 @@ decoding; the verdict is read from the raw logits after the last token:
 Shape letters: R rows (rendered prompts) of a batch, L tokens of the longest, V vocabulary.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ballast.guardrails.engines.interface import Group, Labels, Verdict
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a guard says after one rendered prompt.
-
-    Attributes:
-        risk: P(unsafe) in [0, 1] among the labels; None if unscored.
-        label_mass: share in [0, 1] of the next token's probability that lies on any label; None if unscored.
-        reason: why it is unscored.
-    """
-
-    risk: float | None
-    label_mass: float | None = None
-    reason: str | None = None
 
 
 class PerPrefixEngine:
@@ -37,38 +22,26 @@ class PerPrefixEngine:
 
     Args:
         model: a causal language model (transformers) in evaluation mode.
-        safe_ids: token ids that begin a safe verdict.
-        unsafe_ids: token ids that begin an unsafe verdict; disjoint from `safe_ids`.
+        labels: token ids that begin a verdict.
         batch_size: prompts a forward.
         context: tokens that the model can read; a longer prompt is unscored, never shortened.
     """
 
-    def __init__(
-        self, model: Any, safe_ids: Sequence[int], unsafe_ids: Sequence[int], batch_size: int, context: int
-    ) -> None:
-        self._model = model
-        self._safe_ids, self._unsafe_ids = list(safe_ids), list(unsafe_ids)
+    name = "per_prefix"
+
+    def __init__(self, model: Any, labels: Labels, batch_size: int, context: int) -> None:
+        self._model, self._labels = model, labels
         self._batch_size, self._context = batch_size, context
 
-    def score(self, rows: Sequence[Sequence[int]]) -> list[Verdict]:
-        """Read the verdict after each prompt.
-
-        Args:
-            rows: (R,) token ids that end exactly before the verdict. Equal rows are scored once.
-
-        Returns:
-            (R,) verdicts in the order given. A prompt longer than the context, or one whose logits are not
-            finite, is unscored with that as the reason.
-        """
-        distinct = dict.fromkeys(tuple(row) for row in rows)
+    def score(self, groups: Sequence[Group]) -> list[list[Verdict]]:
+        """Read the verdict after each prompt; see `VerdictEngine.score`. Groups mean nothing here."""
+        distinct = dict.fromkeys(tuple(row) for group in groups for row in group)
         verdicts: dict[tuple[int, ...], Verdict] = {
-            row: Verdict(None, reason=f"the rendered prompt has {len(row)} tokens and the guard reads {self._context}")
-            for row in distinct
-            if len(row) > self._context
+            row: Verdict.too_long(len(row), self._context) for row in distinct if len(row) > self._context
         }
         for batch in self._batches(row for row in distinct if row not in verdicts):
             verdicts.update(zip(batch, self._forward(batch), strict=True))
-        return [verdicts[tuple(row)] for row in rows]
+        return [[verdicts[tuple(row)] for row in group] for group in groups]
 
     def _batches(self, rows: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Rows of like length together: none more than twice as long as the shortest, so half at most is padding."""
@@ -98,20 +71,16 @@ class PerPrefixEngine:
                 use_cache=False,
                 logits_to_keep=1,
             )
-            return self._read(output.logits[:, -1].float())
-
-    def _read(self, logits_RV: "torch.Tensor") -> list[Verdict]:
-        import torch
-
-        safe_R = logits_RV[:, self._safe_ids].logsumexp(dim=-1)
-        unsafe_R = logits_RV[:, self._unsafe_ids].logsumexp(dim=-1)
-        risk_R = torch.sigmoid(unsafe_R - safe_R)
-        mass_R = (torch.logaddexp(safe_R, unsafe_R) - logits_RV.logsumexp(dim=-1)).exp()
-        read = torch.stack([risk_R, mass_R], dim=1).tolist()  # the one place where the host waits
-        return [_verdict(risk, mass) for risk, mass in read]
+            return read_verdicts(output.logits[:, -1].float(), self._labels)
 
 
-def _verdict(risk: float, mass: float) -> Verdict:
-    if not (math.isfinite(risk) and math.isfinite(mass)):
-        return Verdict(None, reason="the guard's logits are not finite")
-    return Verdict(risk, label_mass=min(mass, 1.0))  # rounding can leave 1.0000001
+def read_verdicts(logits_RV: "torch.Tensor", labels: Labels) -> list[Verdict]:
+    """(R,) verdicts from the next token's raw logits (R, V), in float32."""
+    import torch
+
+    safe_R = logits_RV[:, list(labels.safe)].logsumexp(dim=-1)
+    unsafe_R = logits_RV[:, list(labels.unsafe)].logsumexp(dim=-1)
+    risk_R = torch.sigmoid(unsafe_R - safe_R)
+    mass_R = (torch.logaddexp(safe_R, unsafe_R) - logits_RV.logsumexp(dim=-1)).exp()
+    read = torch.stack([risk_R, mass_R], dim=1).tolist()  # the one place where the host waits
+    return [Verdict.of(risk, mass) for risk, mass in read]

@@ -17,7 +17,7 @@ from ballast.guardrails.types import Exchange, Message, RiskTrace
 from ballast.models import resolve_model
 
 if TYPE_CHECKING:
-    from ballast.guardrails.engines.per_prefix import PerPrefixEngine, Verdict
+    from ballast.guardrails.engines.interface import Verdict, VerdictEngine
     from ballast.guardrails.families.frame import Frame
 
 _log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class PromptedGuard:
         self.options = options
         self.name = f"prompted:{options.model.rstrip('/').rsplit('/', 1)[-1].removeprefix('embedded:')}"
         self._lock = threading.RLock()
-        self._loaded: tuple[Frame, PerPrefixEngine] | None = None
+        self._loaded: tuple[Frame, VerdictEngine] | None = None
 
     def assess(self, exchanges: Sequence[Exchange], cuts: Sequence[Sequence[int]]) -> list[RiskTrace]:
         """Judge each response at each of its cuts; see `Guardrail.assess`.
@@ -171,10 +171,11 @@ class PromptedGuard:
             self._loaded = self._loaded or self._load()
             self._check(*self._loaded)
 
-    def _load(self) -> "tuple[Frame, PerPrefixEngine]":
+    def _load(self) -> "tuple[Frame, VerdictEngine]":
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from ballast.guardrails.engines.interface import Labels
         from ballast.guardrails.engines.per_prefix import PerPrefixEngine
         from ballast.guardrails.families.frame import Frame
 
@@ -196,9 +197,10 @@ class PromptedGuard:
             raise GuardError(
                 f"guardrail '{self.name}': safe and unsafe labels begin with the same token {sorted(shared)}; give labels that differ in their first token"
             )
+        labels = Labels(tuple(sorted(safe_ids)), tuple(sorted(unsafe_ids)))
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
         model = model.to(device).eval().requires_grad_(False)
-        return frame, PerPrefixEngine(model, sorted(safe_ids), sorted(unsafe_ids), options.batch_size, context)
+        return frame, PerPrefixEngine(model, labels, options.batch_size, context)
 
     def _trusted_text(self, tokenizer: Any) -> str:
         """The whole frame as text, with the two fields still in it."""
@@ -216,28 +218,29 @@ class PromptedGuard:
         return rendered + options.verdict_prefix
 
     def _assess(
-        self, frame: "Frame", engine: "PerPrefixEngine", exchanges: Sequence[Exchange], cuts: Sequence[Sequence[int]]
+        self, frame: "Frame", engine: "VerdictEngine", exchanges: Sequence[Exchange], cuts: Sequence[Sequence[int]]
     ) -> list[RiskTrace]:
-        from ballast.guardrails.engines.per_prefix import Verdict
+        from ballast.guardrails.engines.interface import Verdict
 
-        rows: list[list[int]] = []
-        slots: list[list[int | Verdict]] = []  # per cut: the number of its row, or why it has none
+        groups: list[list[list[int]]] = []
+        slots: list[list[int | Verdict]] = []  # per cut: the number of its prompt in the group, or why it has none
         for exchange, asked in zip(exchanges, cuts, strict=True):
+            groups.append([])
             slots.append([])
             for cut in asked:
                 try:
-                    rows.append(frame.render(exchange.messages, exchange.response[:cut]))
+                    groups[-1].append(frame.render(exchange.messages, exchange.response[:cut]))
                 except UnicodeEncodeError:
                     slots[-1].append(Verdict(None, reason="the text is not valid Unicode (a lone surrogate)"))
                 else:
-                    slots[-1].append(len(rows) - 1)
-        scored = engine.score(rows)
+                    slots[-1].append(len(groups[-1]) - 1)
+        scored = engine.score(groups)
         return [
-            _trace(asked, [scored[slot] if isinstance(slot, int) else slot for slot in row])
-            for asked, row in zip(cuts, slots, strict=True)
+            _trace(asked, [verdicts[slot] if isinstance(slot, int) else slot for slot in row])
+            for asked, row, verdicts in zip(cuts, slots, scored, strict=True)
         ]
 
-    def _check(self, frame: "Frame", engine: "PerPrefixEngine") -> None:
+    def _check(self, frame: "Frame", engine: "VerdictEngine") -> None:
         if self.options.self_check == "off":
             return
         toys = [_TOY_SAFE, _TOY_UNSAFE]
