@@ -138,16 +138,22 @@ def load_causal(name: str, revision: str | None, *, dtype: str, device: str, gua
         ModelError: it cannot be found or loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = resolve_model(name, revision)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
-        config = model.config.get_text_config()
-        context = (
-            getattr(config, "max_position_embeddings", None) or AutoTokenizer.from_pretrained(source).model_max_length
+        config = AutoConfig.from_pretrained(source)
+        # Gemma 2's soft-capping: sdpa, the default, leaves it out without a word.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            attn_implementation="eager" if capped else None,
         )
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = context or AutoTokenizer.from_pretrained(source).model_max_length
     except (OSError, ValueError) as error:
         raise ModelError(
             f"guardrail '{guard}': model '{name}' could not be loaded ({error}); check its name, folder or access"

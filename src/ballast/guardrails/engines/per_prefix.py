@@ -30,14 +30,14 @@ class PerPrefixEngine:
     name = "per_prefix"
 
     def __init__(self, model: Any, labels: Labels, batch_size: int, context: int) -> None:
-        self._model, self._labels = model, labels
-        self._batch_size, self._context = batch_size, context
+        self.model, self.labels, self.context = model, labels, context
+        self._batch_size = batch_size
 
     def score(self, groups: Sequence[Group]) -> list[list[Verdict]]:
         """Read the verdict after each prompt; see `VerdictEngine.score`. Groups mean nothing here."""
         distinct = dict.fromkeys(tuple(row) for group in groups for row in group)
         verdicts: dict[tuple[int, ...], Verdict] = {
-            row: Verdict.too_long(len(row), self._context) for row in distinct if len(row) > self._context
+            row: Verdict.too_long(len(row), self.context) for row in distinct if len(row) > self.context
         }
         for batch in self._batches(row for row in distinct if row not in verdicts):
             verdicts.update(zip(batch, self._forward(batch), strict=True))
@@ -55,6 +55,10 @@ class PerPrefixEngine:
             yield batch
 
     def _forward(self, rows: Sequence[tuple[int, ...]]) -> list[Verdict]:
+        return read_verdicts(self.logits(rows).float(), self.labels)
+
+    def logits(self, rows: Sequence[tuple[int, ...]]) -> "torch.Tensor":
+        """The next token's logits (R, V) after prompts that fit the context, in one forward."""
         import torch
 
         longest = max(len(row) for row in rows)
@@ -62,16 +66,16 @@ class PerPrefixEngine:
         ids_RL = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
         mask_RL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         position_RL = (mask_RL.cumsum(dim=1) - 1).clamp(min=0)
-        device = self._model.device
+        device = self.model.device
         with torch.inference_mode():
-            output = self._model(
+            logits_RLV: torch.Tensor = self.model(
                 input_ids=ids_RL.to(device),
                 attention_mask=mask_RL.to(device),
                 position_ids=position_RL.to(device),
                 use_cache=False,
                 logits_to_keep=1,
-            )
-            return read_verdicts(output.logits[:, -1].float(), self._labels)
+            ).logits
+        return logits_RLV[:, -1]
 
 
 def read_verdicts(logits_RV: "torch.Tensor", labels: Labels) -> list[Verdict]:
