@@ -1,0 +1,122 @@
+"""The engine of a guard that runs elsewhere: an OpenAI-compatible `/v1/completions` that takes token ids.
+
+One request a distinct prompt, for one token at temperature 0 with log-probs. Read against vLLM 0.31, which takes
+the ids to report (`logprob_token_ids`) and names tokens by id (`return_tokens_as_token_ids`). A server that
+ignores the first reports its 20 most likely tokens, and `verdict_from_logprobs` says what a label missing there
+counts as; one that ignores the second names tokens by text, which is ambiguous, and its answers stay unscored.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, Field, FiniteFloat, Strict
+
+from ballast.guardrails.engines.http import BadAnswerError, JsonClient, Unanswered
+from ballast.guardrails.engines.interface import Group, Labels, Verdict
+from ballast.guardrails.engines.logprobs import verdict_from_logprobs
+
+if TYPE_CHECKING:
+    from ballast.guardrails.engines.options import ServerOptions
+
+_log = logging.getLogger(__name__)
+
+_TOP = 20  # the most that vLLM reports by default, for servers that do not take label ids
+_TOKEN_ID = re.compile(r"token_id:(0|[1-9][0-9]*)")
+
+_LogProb = Annotated[FiniteFloat, Strict()]
+
+
+class _LogProbs(BaseModel):
+    top_logprobs: Annotated[list[dict[str, _LogProb]], Field(min_length=1, max_length=1)]
+
+
+class _Choice(BaseModel):
+    logprobs: _LogProbs
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int | None = None
+
+
+class _Completion(BaseModel):
+    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
+    usage: _Usage | None = None
+
+
+class ServerEngine:
+    """Asks a completions endpoint for the verdict after each prompt.
+
+    `score` may be called from any thread. A server that is down, slow or talks nonsense leaves its prompts
+    unscored, within a bounded time (see `http`).
+
+    Args:
+        options: the server, and how patient to be with it.
+        labels: token ids that begin a verdict.
+        guard: the guard's name, for messages.
+        model: the model's name on the server where `options.model` is None.
+
+    Raises:
+        ConfigError: `base_url` is no http address, or the variable named by `api_key_env` is not set.
+    """
+
+    name = "server"
+
+    def __init__(self, options: "ServerOptions", labels: Labels, *, guard: str, model: str) -> None:
+        self._labels, self._guard = labels, guard
+        self._client = JsonClient(options, guard=guard)
+        self._request = {
+            "model": options.model or model,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": _TOP,
+            "logprob_token_ids": [*labels.safe, *labels.unsafe],
+            "return_tokens_as_token_ids": True,
+        }
+
+    def score(self, groups: Sequence[Group]) -> list[list[Verdict]]:
+        """Read the verdict after each prompt; see `VerdictEngine.score`."""
+        # The longest prompt of each group goes first, and leaves in the server's prefix cache what the others share.
+        longest = [max((tuple(row) for row in group), key=len) for group in groups if group]
+        rows = list(dict.fromkeys([*longest, *(tuple(row) for group in groups for row in group)]))
+        verdicts = dict(zip(rows, self._ask(rows), strict=True))
+        return [[verdicts[tuple(row)] for row in group] for group in groups]
+
+    def _ask(self, rows: Sequence[tuple[int, ...]]) -> list[Verdict]:
+        answers = self._client.post_all(
+            "/completions",
+            [{**self._request, "prompt": row} for row in rows],
+            lambda content, number: self._read(content, len(rows[number])),
+        )
+        verdicts = [
+            Verdict(None, reason=answer.reason) if isinstance(answer, Unanswered) else answer for answer in answers
+        ]
+        if unscored := Counter(verdict.reason for verdict in verdicts if verdict.risk is None):
+            reason, count = unscored.most_common(1)[0]
+            _log.warning(
+                "%s: %d of %d prompts unscored by the server; %d of them: %s",
+                self._guard,
+                unscored.total(),
+                len(rows),
+                count,
+                reason,
+            )
+        return verdicts
+
+    def _read(self, content: bytes, tokens: int) -> Verdict:
+        answer = _Completion.model_validate_json(content)
+        read = answer.usage.prompt_tokens if answer.usage else None
+        if read is not None and read != tokens:
+            raise BadAnswerError(
+                f"it is about {read} tokens and the prompt has {tokens}, so the server changed the prompt"
+            )
+        found = {}
+        for token, logprob in answer.choices[0].logprobs.top_logprobs[0].items():
+            if (match := _TOKEN_ID.fullmatch(token)) is None:
+                raise BadAnswerError(
+                    "it names tokens by text; use a server that knows return_tokens_as_token_ids, such as vLLM"
+                )
+            found[int(match[1])] = logprob
+        return verdict_from_logprobs(found, self._labels)
