@@ -13,9 +13,9 @@ import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.types import Guardrail
@@ -24,14 +24,18 @@ ENTRY_POINT_GROUP = "ballast.guardrails"
 
 # type -> the guard's class, constructed with its options; importing it loads no weights and no torch.
 BUILT_INS: dict[str, str] = {
+    "calibrated": "ballast.guardrails.calibrated:calibrated_guard",
     "embedded": "ballast.guardrails.heads.embedded:EmbeddedGuard",
+    "ensemble": "ballast.guardrails.families.ensemble:EnsembleGuard",
     "ngram": "ballast.guardrails.ngram:NgramGuard",
     "prompted": "ballast.guardrails.families.prompted:PromptedGuard",
     "rules": "ballast.guardrails.rules:RulesGuard",
 }
 
 OPTIONS: dict[str, str] = {
+    "calibrated": "ballast.guardrails.calibrated:CalibratedOptions",
     "embedded": "ballast.guardrails.heads.embedded:EmbeddedOptions",
+    "ensemble": "ballast.guardrails.families.ensemble:EnsembleOptions",
     "ngram": "ballast.guardrails.ngram:NgramOptions",
     "plugin": "ballast.guardrails.registry:PluginOptions",
     "prompted": "ballast.guardrails.families.prompted:PromptedOptions",
@@ -86,14 +90,20 @@ def load_guardrail(what: BaseModel | Mapping[str, Any] | str, **overrides: Any) 
         ConfigError: an unknown name, or options that do not fit the guard.
         GuardError: a plug-in could not be loaded, or is no guardrail.
     """
-    options = _options(what, overrides)
+    options = guard_options(what, overrides)
     if isinstance(options, PluginOptions):
         return _plugin(options)
     guard: Guardrail = _imported(BUILT_INS[str(getattr(options, "type", ""))])(options)
     return guard
 
 
-def _options(what: BaseModel | Mapping[str, Any] | str, overrides: Mapping[str, Any]) -> BaseModel:
+def guard_options(what: BaseModel | Mapping[str, Any] | str, overrides: Mapping[str, Any] | None = None) -> BaseModel:
+    """The options model that `what` stands for, as `load_guardrail` reads it; builds nothing.
+
+    Raises:
+        ConfigError: an unknown name, or options that do not fit the guard.
+    """
+    overrides = overrides or {}
     if isinstance(what, BaseModel):
         if not overrides and str(getattr(what, "type", "")) in OPTIONS:
             return what
@@ -102,6 +112,10 @@ def _options(what: BaseModel | Mapping[str, Any] | str, overrides: Mapping[str, 
         if what not in BUILT_INS and what in plugin_names():
             return PluginOptions(name=what, options=dict(overrides))
         what = {"type": what}
+    if not isinstance(what, Mapping):
+        raise ConfigError(
+            f"a guardrail is given by a name or by options; got {what!r}; write a mapping with the key 'type'"
+        )
     settings = {**what, **overrides}
     if "type" not in settings:
         raise ConfigError(
@@ -118,6 +132,11 @@ def _options(what: BaseModel | Mapping[str, Any] | str, overrides: Mapping[str, 
         )
         raise ConfigError(f"guardrail '{name}': {problems}") from error
     return options
+
+
+# Options of a guard within another guard's options: any that `load_guardrail` takes, read as it reads them.
+# Checked when a value arrives and not by the type, since a guard's options may again hold guards.
+NestedGuardOptions = Annotated[SerializeAsAny[BaseModel], BeforeValidator(lambda what: guard_options(what))]
 
 
 def _plugin(options: PluginOptions) -> Guardrail:

@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from ballast.guardrails.calibrated import CalibratedOptions
+from ballast.guardrails.families.ensemble import EnsembleOptions
 from ballast.guardrails.families.prompted import PromptedOptions
 from ballast.guardrails.heads.embedded import EmbeddedOptions
 from ballast.guardrails.ngram import NgramOptions
@@ -26,11 +28,18 @@ from ballast.guardrails.segments import SegmentOptions
 from ballast.pipeline.evaluation.suites import Kind
 
 GuardOptions = Annotated[
-    EmbeddedOptions | NgramOptions | PromptedOptions | RulesOptions | PluginOptions, Field(discriminator="type")
+    CalibratedOptions
+    | EmbeddedOptions
+    | EnsembleOptions
+    | NgramOptions
+    | PluginOptions
+    | PromptedOptions
+    | RulesOptions,
+    Field(discriminator="type"),
 ]
 
 
-def guard_identity(options: GuardOptions) -> tuple[object, ...]:
+def guard_identity(options: BaseModel) -> tuple[object, ...]:
     """What makes two guards the same one: not batch sizes, precision or templates, but what decides.
 
     Of a prompted guard its model, of a plug-in its name, of rules their patterns; of the others the type.
@@ -43,7 +52,18 @@ def guard_identity(options: GuardOptions) -> tuple[object, ...]:
         case RulesOptions():
             return options.type, frozenset(rule.pattern for rule in options.patterns)
         case _:
-            return (options.type,)
+            return (getattr(options, "type", None),)
+
+
+def deciding_guards(options: BaseModel) -> dict[tuple[object, ...], str]:
+    """Every guard that has a say, by identity, with its type: looks into ensembles and through calibrations."""
+    match options:
+        case EnsembleOptions():
+            return {key: kind for member in options.members for key, kind in deciding_guards(member).items()}
+        case CalibratedOptions():
+            return deciding_guards(options.guard)
+        case _:
+            return {guard_identity(options): str(getattr(options, "type", ""))}
 
 
 def _one_is_a_list(value: Any) -> Any:
@@ -291,12 +311,18 @@ class RunConfig(Component):
 
     @model_validator(mode="after")
     def _judge_is_another_guard(self) -> Self:
-        if guard_identity(self.judge) == guard_identity(self.guard):
-            what = {"prompted": "model", "plugin": "name", "rules": "patterns"}.get(self.guard.type)
-            which = f"{self.guard.type}, with the same {what}" if what else self.guard.type
+        rewarding, measuring = deciding_guards(self.guard), deciding_guards(self.judge)
+        shared = [kind for key, kind in measuring.items() if key in rewarding]
+        if shared:
+            what = {"prompted": "model", "plugin": "name", "rules": "patterns"}.get(shared[0])
+            which = f"{shared[0]}, with the same {what}" if what else shared[0]
+            alone = len(rewarding) == len(measuring) == 1
             raise ValueError(
                 f"judge and guard are the same ({which}), whatever their other options; a policy learns to please its "
                 f"guard, so measure with another one: set judge.type{f' or judge.{what}' if what else ''} to another"
+                if alone
+                else f"judge and guard share one that decides ({which}); a policy learns to please its guard, so "
+                "measure with others: leave it out of the members of one of the two"
             )
         return self
 
