@@ -69,7 +69,7 @@ def test_a_plug_in_is_called_with_its_options(plugins):
     ):
         assert guard.name == "steady"
         assert guard.script(None, "") == 0.25
-    assert ("steady", "", "somebodys_guards:steady") in describe_guards()
+    assert ("steady", "", "somebodys_guards:steady") in [(e.name, e.package, e.what) for e in describe_guards()]
 
 
 def test_a_plug_in_that_cannot_be_used_is_named_with_its_target(plugins):
@@ -94,6 +94,6 @@ def test_an_unknown_plug_in_is_answered_with_the_nearest(plugins):
 
 
 def test_every_guard_is_listed_with_a_sentence():
-    rows = describe_guards()
-    assert {row[0] for row in rows} >= set(BUILT_INS)
-    assert all(what for _, _, what in rows)
+    entries = describe_guards()
+    assert {entry.name for entry in entries} >= set(BUILT_INS)
+    assert all(entry.what and entry.licence.name for entry in entries)

@@ -8,8 +8,6 @@ from typer.testing import CliRunner
 
 import ballast
 from ballast.errors import EngineError
-from ballast.guardrails.contract import check_guardrail
-from ballast.guardrails.registry import load_guardrail
 from ballast.pipeline import cli, run
 
 HEAVY = ("torch", "transformers", "trl", "vllm", "datasets", "scipy", "peft")
@@ -130,31 +128,6 @@ def test_an_interrupt_exits_with_130_and_one_line(failing):
 
 def test_version_is_printed_alone():
     assert invoke("--version").stdout == f"ballast {ballast.__version__}\n"
-
-
-def test_guard_list_names_the_built_in_guards():
-    result = invoke("guard", "list")
-    assert {line.split()[0] for line in result.stdout.splitlines()} >= {"embedded", "ngram", "rules"}
-
-
-def test_guard_check_says_which_rules_held():
-    result = invoke("guard", "check", "rules")
-    assert result.exit_code == 0, result.output
-    assert "guardrail 'rules' keeps the contract" in result.stdout
-    held = [line.removeprefix("ok  ") for line in result.stdout.splitlines() if line.startswith("ok  ")]
-    assert held == list(check_guardrail(load_guardrail("rules")).checks)
-
-
-def test_guard_check_of_an_unknown_guard_exits_with_2():
-    result = invoke("guard", "check", "ruls")
-    assert result.exit_code == 2
-    assert "did you mean 'rules'?" in result.stderr
-
-
-def test_guard_check_takes_options_of_the_guard():
-    result = invoke("guard", "check", "rules", "no_such_option=1")
-    assert result.exit_code == 2
-    assert "no_such_option" in result.stderr
 
 
 def imported_by(*words: str) -> tuple[int, set[str]]:

@@ -12,12 +12,14 @@ Whatever that names is called with the options of the configuration as keyword a
 import difflib
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from ballast.errors import ConfigError, GuardError
+from ballast.guardrails.licences import FAMILIES, UNKNOWN, Licence, licence_of_model, strictest
 from ballast.guardrails.types import Guardrail
 
 ENTRY_POINT_GROUP = "ballast.guardrails"
@@ -60,19 +62,90 @@ def plugin_names() -> list[str]:
     return sorted({point.name for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)})
 
 
-def describe_guards() -> list[tuple[str, str, str]]:
-    """One row a guard: its type or name, the package it comes from, and what it is.
+@dataclass(frozen=True)
+class GuardEntry:
+    """One guard that can be used here.
+
+    Attributes:
+        name: the type of a built-in guard, or the name of a plug-in.
+        package: the distribution that brings it; "ballast" for the built-in ones.
+        what: the first sentence of its class, or the entry point of a plug-in.
+        licence: of the guard with its default options.
+    """
+
+    name: str
+    package: str
+    what: str
+    licence: Licence
+
+
+def describe_guards() -> list[GuardEntry]:
+    """Every guard that can be used here, built-ins first.
 
     A built-in is described by its class; a plug-in by its entry point, so that listing runs no foreign code.
     """
     built_in = [
-        (name, "ballast", (_imported(target).__doc__ or "").partition("\n")[0]) for name, target in BUILT_INS.items()
+        GuardEntry(name, "ballast", (_imported(target).__doc__ or "").partition("\n")[0], _default_licence(name))
+        for name, target in BUILT_INS.items()
     ]
     plugins = [
-        (point.name, point.dist.name if point.dist else "", point.value)
+        GuardEntry(point.name, point.dist.name if point.dist else "", point.value, plugin_licence(point))
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     ]
-    return [*built_in, *sorted(plugins)]
+    return [*built_in, *sorted(plugins, key=lambda entry: entry.name)]
+
+
+def licence_of(options: BaseModel) -> Licence:
+    """The licence that decides whether a guard may be a reward.
+
+    Args:
+        options: an options model of any guard. One made of other guards has the strictest licence of theirs, one with
+            a `model` that of the model, a plug-in what its package states.
+
+    Returns:
+        The licence; `unknown` where the table does not hold it.
+    """
+    if isinstance(options, PluginOptions):
+        points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        return next((plugin_licence(point) for point in points if point.name == options.name), UNKNOWN)
+    if within := list(_guards_within(options)):
+        return strictest(licence_of(guard) for guard in within)
+    model = getattr(options, "model", None)
+    kind = str(getattr(options, "type", ""))
+    return licence_of_model(model) if isinstance(model, str) and kind not in FAMILIES else FAMILIES.get(kind, UNKNOWN)
+
+
+def _guards_within(options: BaseModel) -> Iterator[BaseModel]:
+    """Options of the guards that an ensemble or a calibrated guard asks."""
+    for _, value in options:
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, BaseModel) and getattr(part, "type", None) in OPTIONS:
+                yield part
+
+
+def plugin_licence(point: importlib.metadata.EntryPoint) -> Licence:
+    """What a plug-in's package states, read without importing it.
+
+    It says nothing of the weights that the guard may load, so whether it may be a reward stays unknown.
+    """
+    if point.dist is None:
+        return UNKNOWN
+    metadata = point.dist.metadata
+    stated = metadata.get("License-Expression") or metadata.get("License") or UNKNOWN.name
+    note = f"the package {point.dist.name} states it; ask it about the guard's weights before it rewards"
+    return Licence(stated.partition("\n")[0][:40], "unknown", note)
+
+
+def _default_licence(kind: str) -> Licence:
+    """The licence of a built-in guard before its options are known."""
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    model = _imported(OPTIONS[kind]).model_fields.get("model")
+    # A family is mostly named as its models are: granite_guardian, shieldgemma.
+    named = model.default if model and isinstance(model.default, str) else kind.replace("_", "-")
+    if model and (known := licence_of_model(named)) != UNKNOWN:
+        return known
+    return Licence(f"of its {'model' if model else 'guards'}", "unknown", "decided when its options are known")
 
 
 def load_guardrail(what: BaseModel | Mapping[str, Any] | str, **overrides: Any) -> Guardrail:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 import ballast
 from ballast.errors import BallastError, ConfigError
+from ballast.pipeline import guard_cli
 
 # The stages of `ballast.pipeline.run`, whose import help does not wait for, with the line that it shows.
 STAGES = {
@@ -63,10 +64,7 @@ app = typer.Typer(
     cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Ballast keeps a language model upright while it learns.",
 )  # fmt: skip
-guard_app = typer.Typer(
-    no_args_is_help=True, help="The guardrails: which there are, and whether one keeps the contract."
-)
-app.add_typer(guard_app, name="guard")
+app.add_typer(guard_cli.app, name="guard")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: demo, grpo.")]
 Overrides = Annotated[
@@ -142,50 +140,6 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 for _name, _help in STAGES.items():
     app.command(_name, help=_help, rich_help_panel="One stage alone")(_stage_command(_name))
-
-
-@guard_app.command("list")
-def guard_list() -> None:
-    """Guards that can stand in `guard` and `judge`, built in or brought by a package."""
-    from ballast.guardrails.registry import BUILT_INS, describe_guards
-
-    rows = []
-    for name, source, description in describe_guards():
-        written = f"guard.type={name}" if name in BUILT_INS else f"guard.type=plugin guard.name={name}"
-        rows.append((name, source, written, description))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print("  ".join(f"{cell.ljust(width)}" for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
-
-
-@guard_app.command("check")
-def guard_check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A type or plug-in of `ballast guard list`.")],
-    options: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the guard, such as batch_size=4.")
-    ] = None,
-) -> None:
-    """Send ordinary and awkward exchanges through a guard: does it keep the contract?"""
-    from ballast.guardrails.contract import check_guardrail
-    from ballast.guardrails.registry import load_guardrail
-    from ballast.pipeline.config_loading import read_value
-
-    settings = {}
-    for option in options or []:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ConfigError(f"option '{option}': not of the form key=value; write it like batch_size=4")
-        settings[key] = read_value(value)
-    report = check_guardrail(load_guardrail(name, **settings))
-    for rule in report.checks:
-        print(f"ok  {rule}")
-    for what, reason in report.unscored.items():
-        print(f"unscored  {what}: {reason}")
-    mass = "" if report.label_mass is None else f", label mass {report.label_mass:.3f} or more"
-    print(
-        f"guardrail '{report.name}' keeps the contract ({report.seconds:.1f} s{mass}, equal calls differ by "
-        f"{report.max_difference:.4f} at most)"
-    )
 
 
 @app.command("doctor")

@@ -34,10 +34,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: there is no such file, it is not YAML, or it does not make a run; the message lists
             every problem with its key, its value, the reason and what to write instead.
     """
-    source, text = _read(path)
-    data = _parse(source, text)
-    assignments, problems = _split(overrides)
-    problems += _apply(data, assignments)
+    source, data = read_mapping(path)
+    assignments, problems = split_overrides(overrides)
+    problems += apply_overrides(data, assignments)
     if problems:
         raise ConfigError(report(source, problems))
     _fill_default_types(data)
@@ -63,6 +62,16 @@ def config_hash(config: RunConfig) -> str:
 def dump_config(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included; `load_config` reads it back unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_mapping(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """What to call a YAML file in messages, and the mapping in it, not validated yet.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no mapping.
+    """
+    source, text = _read(path)
+    return source, _parse(source, text)
 
 
 def _read(path: str | Path) -> tuple[str, str]:
@@ -135,7 +144,8 @@ def read_value(text: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else text  # a date is text
 
 
-def _split(overrides: Sequence[str]) -> tuple[list[tuple[tuple[str, ...], Any]], list[Problem]]:
+def split_overrides(overrides: Sequence[str]) -> tuple[list[tuple[tuple[str, ...], Any]], list[Problem]]:
+    """Dotted overrides as keys and values, and what is wrong with the others."""
     assignments: list[tuple[tuple[str, ...], Any]] = []
     problems = []
     for text in overrides:
@@ -150,7 +160,7 @@ def _split(overrides: Sequence[str]) -> tuple[list[tuple[tuple[str, ...], Any]],
     return assignments, problems
 
 
-def _apply(data: dict[str, Any], assignments: Sequence[tuple[tuple[str, ...], Any]]) -> list[Problem]:
+def apply_overrides(data: dict[str, Any], assignments: Sequence[tuple[tuple[str, ...], Any]]) -> list[Problem]:
     """Write the overrides into `data`; types first, outermost first, since a new type starts afresh."""
     problems = []
     for key, value in sorted(

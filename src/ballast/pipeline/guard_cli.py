@@ -1,0 +1,153 @@
+"""The command `ballast guard`: which guards there are, whether one keeps the contract, and what one says of a file.
+
+Parsed as `ballast.pipeline.cli` parses: nothing heavy is imported before the guard itself is loaded.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ballast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ballast.guardrails.licences import Licence
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The guardrails: which there are, whether one keeps the contract, what one says of a data set.",
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option of the guard, such as batch_size=4; may be repeated."),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", help="YAML with the guard's options; of a run's configuration, its `guard`."
+    ),
+]
+
+
+@app.command("list")
+def list_guards(
+    models: Annotated[bool, typer.Option("--models", help="The licences of known guard models as well.")] = False,
+) -> None:
+    """Guards that can stand in `guard` and `judge`, built in or brought by a package, with their licences."""
+    from ballast.guardrails.licences import MODELS
+    from ballast.guardrails.registry import describe_guards
+
+    entries = describe_guards()
+    _columns(
+        ("NAME", "PACKAGE", "LICENCE", "AS A REWARD", "WHAT"),
+        [(e.name, e.package, e.licence.name, e.licence.as_reward, e.what) for e in entries],
+    )
+    if models:
+        print()
+        _columns(
+            ("MODEL BEGINS WITH", "LICENCE", "AS A REWARD", "NOTE"),
+            [(name, licence.name, licence.as_reward, licence.note) for name, licence in sorted(MODELS.items())],
+        )
+    print(
+        "\nIn a configuration: guard.type=NAME; a package's own: guard.type=plugin guard.name=NAME."
+        "\n`As a reward` says whether its outputs may train another model."
+        + ("" if models else " Licences by model: --models.")
+    )
+
+
+@app.command("check")
+def check(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A name of `ballast guard list`; --config can stand for it.")
+    ] = None,
+    settings: Settings = None,
+    config: ConfigFile = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Largest difference of two risks that counts as equal.")
+    ] = 0.02,
+) -> None:
+    """Send ordinary and awkward exchanges through a guard: does it keep the contract? Exit code 1 if not."""
+    from ballast.guardrails.contract import check_guardrail
+    from ballast.guardrails.registry import guard_options, licence_of, load_guardrail
+    from ballast.pipeline.quiet import quiet_libraries
+
+    options = guard_options(guard_settings(name, settings or (), config))
+    quiet_libraries()
+    report = check_guardrail(
+        load_guardrail(options), tolerance=tolerance, on_held=lambda rule: print(f"ok  {rule}", flush=True)
+    )
+    for what, reason in report.unscored.items():
+        print(f"unscored  {what}: {reason}")
+    for note in report.notes:
+        print(f"note  {note}")
+    print(f"licence  {_licence(licence_of(options))}")
+    mass = "" if report.label_mass is None else f", label mass {report.label_mass:.3f} or more"
+    print(
+        f"guardrail '{report.name}' keeps the contract ({report.seconds:.1f} s, {report.call_seconds:.3f} s for a batch of "
+        f"three{mass}; equal calls differ by {report.max_difference:.4f} at most)"
+    )
+
+
+def guard_settings(name: str | None, assignments: Sequence[str], config: str | None) -> dict[str, Any]:
+    """A guard's options from the command line, not validated yet.
+
+    Args:
+        name: type of a built-in guard, or name of a plug-in; `guard` or `judge` picks that part of a run's
+            configuration; None leaves it to `config`.
+        assignments: `key=value`, dotted for nested options, over what the file says.
+        config: YAML file with the options, or a run's configuration, whose `guard` is taken.
+
+    Returns:
+        A mapping with the key `type`.
+
+    Raises:
+        ConfigError: no guard is named, the file cannot be read or names another guard, or an assignment has no `=`.
+    """
+    from ballast.guardrails.registry import OPTIONS, plugin_names
+    from ballast.pipeline.config_loading import apply_overrides, read_mapping, split_overrides
+    from ballast.pipeline.config_problems import report
+
+    options: dict[str, Any] = {}
+    if config is not None:
+        _, options = read_mapping(config)
+        part = name if name in ("guard", "judge") else "guard"
+        if "type" not in options and isinstance(options.get(part), dict):
+            options, name = options[part], None if name == part else name
+    if name is not None:
+        is_plugin = name not in OPTIONS and name in plugin_names()
+        named = {"type": "plugin", "name": name} if is_plugin else {"type": name}
+        if any(options.get(key, value) != value for key, value in named.items()):
+            raise ConfigError(
+                f"the command names the guard '{name}' and '{config}' the guard '{options.get('name', options['type'])}'; "
+                "leave NAME out, or the file"
+            )
+        options = {**options, **named}
+    if "type" not in options:
+        where = f"'{config}' has neither 'type' nor 'guard'" if config else "no guard is named"
+        raise ConfigError(f"{where}; give a name of `ballast guard list`, or a file with the key 'type'")
+    # A plug-in's own options lie one level deeper.
+    target = options.setdefault("options", {}) if options["type"] == "plugin" else options
+    split, problems = split_overrides(assignments)
+    problems += apply_overrides(target, split)
+    if problems:
+        raise ConfigError(report("--set", problems))
+    return options
+
+
+def _licence(licence: "Licence") -> str:
+    said = {
+        "yes": "may be used as a reward",
+        "no": "must not be used as a reward",
+        "conditions": "may be used as a reward on a condition",
+        "unknown": "whether it may be used as a reward is unknown",
+    }[licence.as_reward]
+    return f"{licence.name}: {said}" + (f" ({licence.note})" if licence.note else "")
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Lines of aligned cells: whole in a file or a pipe, where a table of rich would be cut to 80 columns."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)] + [0]
+    for line in lines:
+        print("  ".join(f"{cell.ljust(width)}" for cell, width in zip(line, widths, strict=True)).rstrip())
