@@ -29,19 +29,27 @@ BUILT_INS: dict[str, str] = {
     "calibrated": "ballast.guardrails.calibrated:calibrated_guard",
     "embedded": "ballast.guardrails.heads.embedded:EmbeddedGuard",
     "ensemble": "ballast.guardrails.families.ensemble:EnsembleGuard",
+    "granite_guardian": "ballast.guardrails.families.granite:GraniteGuardian",
+    "llama_guard": "ballast.guardrails.families.llama_guard:LlamaGuard",
     "ngram": "ballast.guardrails.ngram:NgramGuard",
     "prompted": "ballast.guardrails.families.prompted:PromptedGuard",
+    "qwen3guard": "ballast.guardrails.families.qwen3guard:Qwen3Guard",
     "rules": "ballast.guardrails.rules:RulesGuard",
+    "shieldgemma": "ballast.guardrails.families.shieldgemma:ShieldGemma",
 }
 
 OPTIONS: dict[str, str] = {
     "calibrated": "ballast.guardrails.calibrated:CalibratedOptions",
     "embedded": "ballast.guardrails.heads.embedded:EmbeddedOptions",
     "ensemble": "ballast.guardrails.families.ensemble:EnsembleOptions",
+    "granite_guardian": "ballast.guardrails.families.granite:GraniteGuardianOptions",
+    "llama_guard": "ballast.guardrails.families.llama_guard:LlamaGuardOptions",
     "ngram": "ballast.guardrails.ngram:NgramOptions",
     "plugin": "ballast.guardrails.registry:PluginOptions",
     "prompted": "ballast.guardrails.families.prompted:PromptedOptions",
+    "qwen3guard": "ballast.guardrails.families.qwen3guard:Qwen3GuardOptions",
     "rules": "ballast.guardrails.rules:RulesOptions",
+    "shieldgemma": "ballast.guardrails.families.shieldgemma:ShieldGemmaOptions",
 }
 
 

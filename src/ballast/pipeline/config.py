@@ -19,7 +19,12 @@ from pydantic import (
 
 from ballast.guardrails.calibrated import CalibratedOptions
 from ballast.guardrails.families.ensemble import EnsembleOptions
+from ballast.guardrails.families.granite import GraniteGuardianOptions
+from ballast.guardrails.families.llama_guard import LlamaGuardOptions
 from ballast.guardrails.families.prompted import PromptedOptions
+from ballast.guardrails.families.qwen3guard import Qwen3GuardOptions
+from ballast.guardrails.families.shieldgemma import ShieldGemmaOptions
+from ballast.guardrails.families.verdict import VerdictOptions
 from ballast.guardrails.heads.embedded import EmbeddedOptions
 from ballast.guardrails.ngram import NgramOptions
 from ballast.guardrails.registry import PluginOptions
@@ -31,22 +36,38 @@ GuardOptions = Annotated[
     CalibratedOptions
     | EmbeddedOptions
     | EnsembleOptions
+    | GraniteGuardianOptions
+    | LlamaGuardOptions
     | NgramOptions
     | PluginOptions
     | PromptedOptions
-    | RulesOptions,
+    | Qwen3GuardOptions
+    | RulesOptions
+    | ShieldGemmaOptions,
     Field(discriminator="type"),
 ]
+
+
+# What tells two guards of one type apart, by type; `guard_identity` reads it.
+_DECIDES: dict[str, str] = {
+    "granite_guardian": "model",
+    "llama_guard": "model",
+    "plugin": "name",
+    "prompted": "model",
+    "qwen3guard": "model",
+    "rules": "patterns",
+    "shieldgemma": "model",
+}
 
 
 def guard_identity(options: BaseModel) -> tuple[object, ...]:
     """What makes two guards the same one: not batch sizes, precision or templates, but what decides.
 
-    Of a prompted guard its model, of a plug-in its name, of rules their patterns; of the others the type.
+    Of a verdict guard its model, whatever its family, of a plug-in its name, of rules their patterns; of the others the type.
     """
     match options:
-        case PromptedOptions():
-            return options.type, options.model
+        case VerdictOptions():
+            return "verdict", options.model
         case PluginOptions():
             return options.type, options.name
         case RulesOptions():
@@ -314,7 +335,7 @@ class RunConfig(Component):
         rewarding, measuring = deciding_guards(self.guard), deciding_guards(self.judge)
         shared = [kind for key, kind in measuring.items() if key in rewarding]
         if shared:
-            what = {"prompted": "model", "plugin": "name", "rules": "patterns"}.get(shared[0])
+            what = _DECIDES.get(shared[0])
             which = f"{shared[0]}, with the same {what}" if what else shared[0]
             alone = len(rewarding) == len(measuring) == 1
             raise ValueError(
