@@ -37,8 +37,9 @@ class OnePassOptions(_Engine):
     """Every distinct token of an exchange is run once, all its cuts in one forward, under a mask of its own."""
 
     type: Literal["one_pass"] = "one_pass"
-    max_tokens: PositiveInt = Field(
+    max_tokens: int = Field(
         default=4096,
+        ge=64,
         description="tokens a forward; the mask's memory grows with its square (fp32: 64 MiB at 4096). A longer prompt is run by itself",
     )
 
@@ -47,8 +48,9 @@ class KVForkOptions(_Engine):
     """The longest prompt is run once into a cache, and the other prompts' own endings over it: for long responses."""
 
     type: Literal["kv_fork"] = "kv_fork"
-    max_tokens: PositiveInt = Field(
+    max_tokens: int = Field(
         default=1024,
+        ge=64,
         description="tokens a forward over the cache; the mask's memory is this times the whole prompt's length",
     )
 
