@@ -85,7 +85,7 @@ FAULTS = {
     "an error as 200": (Reply({"error": {"message": "overloaded"}}), "choices: missing"),
     "no choices": (Reply(saying_safe(choices=[])), "choices: too_short"),
     "two choices": (Reply(saying_safe(choices=saying_safe()["choices"] * 2)), "choices: too_long"),
-    "no log-probs": (reply_of(None), "choices.0.logprobs"),
+    "no log-probs: above 0": (reply_of(None), "choices.0.logprobs"),
     "two tokens": (reply_of({"top_logprobs": [{"token_id:3": 0.0}] * 2}), "top_logprobs: too_long"),
     "no top": (reply_of({"top_logprobs": [None]}), "top_logprobs.0: dict_type"),
     "numbers as text": (reply_of({"top_logprobs": [{"token_id:3": "-0.1"}]}), "float_type"),
@@ -93,8 +93,8 @@ FAULTS = {
     "NaN": (Reply(raw('{"top_logprobs": [{"token_id:3": -0.1, "token_id:7": NaN}]}')), "finite_number"),
     "infinity": (Reply(raw('{"top_logprobs": [{"token_id:3": Infinity}]}')), "finite_number"),
     "a number too large": (Reply(raw('{"top_logprobs": [{"token_id:3": -1e999}]}')), "finite_number"),
-    "logits": (reply_of({"top_logprobs": [{"token_id:3": 12.5, "token_id:7": -3.0}]}), "no log-probs"),
-    "more than 1 in all": (reply_of({"top_logprobs": [{"token_id:3": -0.1, "token_id:9": -0.1}]}), "no log-probs"),
+    "logits": (reply_of({"top_logprobs": [{"token_id:3": 12.5, "token_id:7": -3.0}]}), "no log-probs: above 0"),
+    "more than 1 in all": (reply_of({"top_logprobs": [{"token_id:3": -0.1, "token_id:9": -0.1}]}), "no log-probs: above 0"),
     "an empty top": (reply_of({"top_logprobs": [{}]}), "no label of the guard"),
     "no label": (reply_of({"top_logprobs": [{"token_id:9": -0.1}]}), "no label of the guard"),
     "tokens as text": (reply_of({"top_logprobs": [{"safe": -0.1, "unsafe": -3.0}]}), "names tokens by text"),
@@ -225,7 +225,7 @@ def test_the_key_is_sent_and_appears_in_no_message(monkeypatch, caplog):
         [[verdict]] = engine(server.url, api_key_env="GUARD_KEY").score([[[1]]])
         assert server.requests[0][1]["Authorization"] == "Bearer sesame-73"
     assert "sesame" not in verdict.reason + caplog.text
-    assert "remote: 1 of 1 prompts unscored" in caplog.text
+    assert "remote: 1 of 1 requests have no usable answer" in caplog.text
 
 
 def test_a_missing_key_and_a_base_url_that_is_none_are_named(monkeypatch):

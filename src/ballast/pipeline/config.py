@@ -21,6 +21,7 @@ from ballast.guardrails.calibrated import CalibratedOptions
 from ballast.guardrails.families.ensemble import EnsembleOptions
 from ballast.guardrails.families.granite import GraniteGuardianOptions
 from ballast.guardrails.families.llama_guard import LlamaGuardOptions
+from ballast.guardrails.families.moderation import ModerationOptions
 from ballast.guardrails.families.prompted import PromptedOptions
 from ballast.guardrails.families.qwen3guard import Qwen3GuardOptions
 from ballast.guardrails.families.shieldgemma import ShieldGemmaOptions
@@ -38,6 +39,7 @@ GuardOptions = Annotated[
     | EnsembleOptions
     | GraniteGuardianOptions
     | LlamaGuardOptions
+    | ModerationOptions
     | NgramOptions
     | PluginOptions
     | PromptedOptions
@@ -63,11 +65,14 @@ _DECIDES: dict[str, str] = {
 def guard_identity(options: BaseModel) -> tuple[object, ...]:
     """What makes two guards the same one: not batch sizes, precision or templates, but what decides.
 
-    Of a verdict guard its model, whatever its family, of a plug-in its name, of rules their patterns; of the others the type.
+    Of a verdict guard its model, whatever its family, of a moderation endpoint its address and model, of a plug-in its name, of rules
+    their patterns; of the others the type.
     """
     match options:
         case VerdictOptions():
             return "verdict", options.model
+        case ModerationOptions():
+            return options.type, options.base_url.rstrip("/"), options.model
         case PluginOptions():
             return options.type, options.name
         case RulesOptions():

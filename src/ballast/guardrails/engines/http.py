@@ -13,9 +13,11 @@ No request costs another one its answer, and nothing is invented: what the serve
 """
 
 import asyncio
+import logging
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from ballast.errors import ConfigError
 
 if TYPE_CHECKING:
     import httpx
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -100,7 +104,7 @@ class JsonClient:
     """
 
     def __init__(self, options: EndpointOptions, *, guard: str) -> None:
-        self._options = options
+        self._options, self._guard = options, guard
         self._base = options.base_url.rstrip("/")
         self._check_address(guard)
         self._headers: dict[str, str] = {}
@@ -144,7 +148,18 @@ class JsonClient:
         Returns:
             (N,) results in the order of `bodies`; `Unanswered` for a request without a usable answer.
         """
-        return _finish(self._post_all(path, bodies, read)) if bodies else []
+        answers = _finish(self._post_all(path, bodies, read)) if bodies else []
+        reasons = Counter(answer.reason for answer in answers if isinstance(answer, Unanswered))
+        for reason, count in reasons.most_common(1):
+            _log.warning(
+                "%s: %d of %d requests have no usable answer, so what they asked about is unscored; %d of them: %s",
+                self._guard,
+                reasons.total(),
+                len(answers),
+                count,
+                reason,
+            )
+        return answers
 
     async def _post_all(
         self, path: str, bodies: Sequence[Mapping[str, Any]], read: Callable[[bytes, int], T]

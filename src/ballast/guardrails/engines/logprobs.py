@@ -27,9 +27,7 @@ def verdict_from_logprobs(found: Mapping[int, float], labels: Labels) -> Verdict
         `found`, and where `found` cannot be log-probs (not finite, above 0, more than 1 in all).
     """
     if any(math.isnan(value) or value > _ROUNDING for value in found.values()) or _sum(found.values()) > 1 + _ROUNDING:
-        return Verdict(
-            None, reason="the guard's answer holds no log-probs: they are above 0, above 1 in all, or not a number"
-        )
+        return Verdict(None, reason="its numbers are no log-probs: above 0, above 1 in all, or not a number")
     safe = [found[token] for token in labels.safe if token in found]
     unsafe = [found[token] for token in labels.unsafe if token in found]
     if not safe and not unsafe:

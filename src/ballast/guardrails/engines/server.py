@@ -6,9 +6,7 @@ ignores the first reports its 20 most likely tokens, and `verdict_from_logprobs`
 counts as; one that ignores the second names tokens by text, which is ambiguous, and its answers stay unscored.
 """
 
-import logging
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,8 +18,6 @@ from ballast.guardrails.engines.logprobs import verdict_from_logprobs
 
 if TYPE_CHECKING:
     from ballast.guardrails.engines.options import ServerOptions
-
-_log = logging.getLogger(__name__)
 
 _TOP = 20  # the most that vLLM reports by default, for servers that do not take label ids
 _TOKEN_ID = re.compile(r"token_id:(0|[1-9][0-9]*)")
@@ -65,7 +61,7 @@ class ServerEngine:
     name = "server"
 
     def __init__(self, options: "ServerOptions", labels: Labels, *, guard: str, model: str) -> None:
-        self._labels, self._guard = labels, guard
+        self._labels = labels
         self._client = JsonClient(options, guard=guard)
         self._request = {
             "model": options.model or model,
@@ -90,20 +86,7 @@ class ServerEngine:
             [{**self._request, "prompt": row} for row in rows],
             lambda content, number: self._read(content, len(rows[number])),
         )
-        verdicts = [
-            Verdict(None, reason=answer.reason) if isinstance(answer, Unanswered) else answer for answer in answers
-        ]
-        if unscored := Counter(verdict.reason for verdict in verdicts if verdict.risk is None):
-            reason, count = unscored.most_common(1)[0]
-            _log.warning(
-                "%s: %d of %d prompts unscored by the server; %d of them: %s",
-                self._guard,
-                unscored.total(),
-                len(rows),
-                count,
-                reason,
-            )
-        return verdicts
+        return [Verdict(None, reason=answer.reason) if isinstance(answer, Unanswered) else answer for answer in answers]
 
     def _read(self, content: bytes, tokens: int) -> Verdict:
         answer = _Completion.model_validate_json(content)
@@ -119,4 +102,7 @@ class ServerEngine:
                     "it names tokens by text; use a server that knows return_tokens_as_token_ids, such as vLLM"
                 )
             found[int(match[1])] = logprob
-        return verdict_from_logprobs(found, self._labels)
+        verdict = verdict_from_logprobs(found, self._labels)
+        if verdict.reason is not None:
+            raise BadAnswerError(verdict.reason)
+        return verdict
