@@ -1,11 +1,16 @@
 """`ballast guard`: what there is, whether one keeps the contract, and what one says of a file."""
 
+import io
+
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ballast.guardrails.contract import check_guardrail
 from ballast.guardrails.registry import BUILT_INS, load_guardrail
 from ballast.pipeline import cli
+from ballast.pipeline.config_loading import load_config
+from ballast.pipeline.context import RunContext
 
 
 def invoke(*words: object, **more):
@@ -75,3 +80,19 @@ def test_options_come_from_a_file_of_their_own_or_from_a_run_and_set_goes_over_t
         "base_url": "x",
     }
     assert invoke("check", "ngram", "--config", own).exit_code == 2
+
+
+def test_training_under_a_licence_that_forbids_it_is_warned_of_once_and_measuring_is_not(tmp_path):
+    from ballast.pipeline.run import _check_parts
+
+    def said(*stages: str, model: str) -> str:
+        config = load_config("demo", ["guard.type=prompted", f"guard.model={model}", f"out={tmp_path}"])
+        context = RunContext(config, Console(file=io.StringIO(), width=1000))
+        _check_parts(context, stages)
+        return context.console.file.getvalue()
+
+    warning = said("train", "evaluate", model="meta-llama/Meta-Llama-Guard-2-8B")
+    assert warning.count("Llama 3 Community") == 1
+    assert "take another guard" in warning
+    assert said("evaluate", model="meta-llama/Meta-Llama-Guard-2-8B") == ""
+    assert said("train", model="Qwen/Qwen3Guard-Gen-0.6B") == ""

@@ -141,7 +141,7 @@ def plugin_licence(point: importlib.metadata.EntryPoint) -> Licence:
     if point.dist is None:
         return UNKNOWN
     metadata = point.dist.metadata
-    stated = metadata.get("License-Expression") or metadata.get("License") or UNKNOWN.name
+    stated = next((metadata[key] for key in ("License-Expression", "License") if key in metadata), UNKNOWN.name)
     note = f"the package {point.dist.name} states it; ask it about the guard's weights before it rewards"
     return Licence(stated.partition("\n")[0][:40], "unknown", note)
 

@@ -89,6 +89,60 @@ def check(
     )
 
 
+@app.command("score")
+def score(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="JSON lines with prompt (or messages) and response; - for stdin.")
+    ],
+    guard: Annotated[
+        str | None,
+        typer.Option("--guard", metavar="NAME", help="A name of `ballast guard list`; embedded if not given."),
+    ] = None,
+    settings: Settings = None,
+    config: ConfigFile = None,
+    cuts: Annotated[
+        str, typer.Option(help="Where responses are judged: end, words:5, sentences:1; the highest risk counts.")
+    ] = "end",
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where the risks go: .jsonl or .parquet; else to stdout.")
+    ] = None,
+    report: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Audit the data set: this .json, a .md beside it, and the terminal."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Risk from which a row counts as risky.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows handed to the guard at a time.")] = 32,
+    prompt_column: Annotated[str, typer.Option(help="Column of the prompt: text, or a list of messages.")] = "prompt",
+    messages_column: Annotated[str, typer.Option(help="Column of a list of messages; before the prompt.")] = "messages",
+    response_column: Annotated[
+        str, typer.Option(help="Column of the response; else the last assistant turn.")
+    ] = "response",
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of the row's name; `id` or the line if not given.")
+    ] = None,
+    category_column: Annotated[
+        str | None, typer.Option(help="Column to group the audit by; `category` if not given.")
+    ] = None,
+) -> None:
+    """Judge every row of a file; with --report, audit it before training on it. Interrupted, it goes on from --out."""
+    from ballast.guardrails.registry import guard_options
+    from ballast.pipeline.guard_audit import Job, run_job
+    from ballast.pipeline.guard_rows import Columns
+
+    run_job(
+        Job(
+            file=file,
+            options=guard_options(guard_settings(guard or (None if config else "embedded"), settings or (), config)),
+            cuts=cuts,
+            columns=Columns(prompt_column, messages_column, response_column, id_column, category_column),
+            out=out,
+            report=report,
+            threshold=threshold,
+            batch_size=batch_size,
+        )
+    )
+
+
 def guard_settings(name: str | None, assignments: Sequence[str], config: str | None) -> dict[str, Any]:
     """A guard's options from the command line, not validated yet.
 

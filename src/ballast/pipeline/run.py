@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
+
 from ballast.errors import ConfigError, DataError
+from ballast.guardrails.registry import licence_of
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_loading import dump_config
 from ballast.pipeline.context import RunContext
@@ -166,8 +169,21 @@ def _check_parts(context: RunContext, names: Sequence[str]) -> None:
     for part in ("guard", "judge"):
         if part in read:
             getattr(context, part)  # made, and kept, when it is asked for
+    if "train" in names:
+        _warn_of_licence(context)
     for path in context.config.train.reward_functions if "train" in names else ():
         load_reward_function(path)
+
+
+def _warn_of_licence(context: RunContext) -> None:
+    options = context.config.guard
+    licence = licence_of(options)
+    if licence.as_reward == "no":
+        guard = escape(str(getattr(options, "model", options.type)))
+        context.say(
+            f"[yellow]warning: the guard '{guard}' is under the licence {licence.name}: {licence.note}. Training under it does "
+            "that; take another guard (`ballast guard list --models`), or ask a lawyer[/]"
+        )
 
 
 def _run_stage(context: RunContext, name: str) -> None:
