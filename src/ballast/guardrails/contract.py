@@ -30,7 +30,7 @@ class ContractReport:
         label_mass: lowest label mass that a trace reported, in [0, 1]; None for guards without labels.
         max_difference: largest difference of a risk between calls that should agree.
         seconds: wall time of the whole check, loading included.
-        call_seconds: wall time of one batch of the ordinary exchanges, once the guard is loaded.
+        call_seconds: wall time of one batch of all exchanges that are not awkward, once the guard is loaded.
         notes: rules that could not be tried on this guard, and why.
     """
 
@@ -57,8 +57,8 @@ def check_guardrail(
     Args:
         guard: the guard.
         exchanges: ordinary exchanges, two or more, each of which the guard is expected to be able to judge.
-        risky: exchanges, one or more, of which the guard finds one riskier than some of the ordinary ones. Where it
-            does not, one rule cannot be tried, and a note says so.
+        risky: more of them, of which the guard finds one riskier than some of the others: where all risks are alike,
+            a mistake does not show. One rule then cannot be tried at all, and a note says so.
         tolerance: largest difference between two risks of the same prefix that counts as equal. Arithmetic
             in 16 bits differs by about 0.01 between batches of different sizes.
         on_held: called with each rule as soon as it held: a large guard takes minutes.
@@ -72,6 +72,7 @@ def check_guardrail(
     started = time.perf_counter()
     check = _Check(guard, tolerance, on_held)
     check.shape_of_the_guard()
+    exchanges = [*exchanges, *risky]
     cuts = [_cuts(exchange.response) for exchange in exchanges]
     first = check.ordinary(exchanges, cuts)
     check.determinism(exchanges, cuts, first)
@@ -80,7 +81,7 @@ def check_guardrail(
     check.other_cuts(exchanges, cuts, first)
     check.prefix_alone(exchanges, cuts, first)
     check.awkward(exchanges[0], cuts[0], first[0])
-    check.nothing_invented([*exchanges, *risky])
+    check.nothing_invented(exchanges)
     return ContractReport(
         name=check.name,
         checks=tuple(check.held),
@@ -175,10 +176,13 @@ class _Check:
         self, exchanges: Sequence[Exchange], cuts: Sequence[Sequence[int]], first: Sequence[RiskTrace]
     ) -> None:
         # risk_k is a statement about response[:cut_k]: what follows the cut must not reach it.
-        prefixes = [Exchange(e.messages, e.response[: c[len(c) // 2]]) for e, c in zip(exchanges, cuts, strict=True)]
-        asked = [(len(prefix.response),) for prefix in prefixes]
+        pairs = [(e, cut) for e, row in zip(exchanges, cuts, strict=True) for cut in row]
+        prefixes = [Exchange(e.messages, e.response[:cut]) for e, cut in pairs]
+        asked = [(cut,) for _, cut in pairs]
         alone = self._traces("prefixes as responses of their own", prefixes, asked)
-        inside = [RiskTrace(a, (t.risk[len(t.cuts) // 2],), t.reason) for a, t in zip(asked, first, strict=True)]
+        reasons = [trace.reason for trace in first for _ in trace.cuts]
+        risks = [risk for trace in first for risk in trace.risk]
+        inside = [RiskTrace(a, (risk,), why) for a, risk, why in zip(asked, risks, reasons, strict=True)]
         self._same(
             "a prefix alone and inside its response",
             inside,

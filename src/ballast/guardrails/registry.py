@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from ballast.errors import ConfigError, GuardError
+from ballast.errors import BallastError, ConfigError, GuardError
 from ballast.guardrails.licences import FAMILIES, UNKNOWN, Licence, licence_of_model, strictest
 from ballast.guardrails.types import Guardrail
 
@@ -230,19 +230,28 @@ def _plugin(options: PluginOptions) -> Guardrail:
         raise ConfigError(
             f"guardrail '{options.name}': {len(points)} packages bring one of this name ({', '.join(p.value for p in points)}); uninstall all but one"
         )
+    target = points[0].value
     try:
-        guard = points[0].load()(**options.options)
-    except (ImportError, AttributeError) as error:
+        factory = points[0].load()
+    except Exception as error:  # foreign code, which raises what it likes when it is imported
         raise GuardError(
-            f"guardrail '{options.name}': {points[0].value} could not be loaded ({error}); reinstall its package"
+            f"guardrail '{options.name}': {target} could not be loaded ({type(error).__name__}: {error}); reinstall its package"
         ) from error
-    except TypeError as error:
+    try:
+        guard = factory(**options.options)
+    except BallastError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"guardrail '{options.name}': {points[0].value} does not take these options ({error}); see its documentation"
+            f"guardrail '{options.name}': {target} does not take these options ({error}); see its documentation"
+        ) from error
+    except Exception as error:
+        raise GuardError(
+            f"guardrail '{options.name}': {target} could not be made ({type(error).__name__}: {error}); see its documentation"
         ) from error
     if not isinstance(guard, Guardrail):
         raise GuardError(
-            f"guardrail '{options.name}': {points[0].value} made a {type(guard).__name__} without `name` or `assess`; its package must return a Guardrail"
+            f"guardrail '{options.name}': {target} made a {type(guard).__name__} without `name` or `assess`; its package must return a Guardrail"
         )
     return guard
 

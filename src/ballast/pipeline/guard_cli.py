@@ -84,8 +84,8 @@ def check(
     print(f"licence  {_licence(licence_of(options))}")
     mass = "" if report.label_mass is None else f", label mass {report.label_mass:.3f} or more"
     print(
-        f"guardrail '{report.name}' keeps the contract ({report.seconds:.1f} s, {report.call_seconds:.3f} s for a batch of "
-        f"three{mass}; equal calls differ by {report.max_difference:.4f} at most)"
+        f"guardrail '{report.name}' keeps the contract ({report.seconds:.1f} s, of which {report.call_seconds:.3f} s for an "
+        f"ordinary batch{mass}; equal calls differ by {report.max_difference:.4f} at most)"
     )
 
 
@@ -126,7 +126,7 @@ def score(
 ) -> None:
     """Judge every row of a file; with --report, audit it before training on it. Interrupted, it goes on from --out."""
     from ballast.guardrails.registry import guard_options
-    from ballast.pipeline.guard_audit import Job, run_job
+    from ballast.pipeline.guard_job import Job, run_job
     from ballast.pipeline.guard_rows import Columns
 
     run_job(
