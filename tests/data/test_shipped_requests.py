@@ -54,7 +54,7 @@ def test_counts_per_kind_and_split_are_the_documented_ones(rows: list[Row]) -> N
     assert Counter((row["kind"], row["split"]) for row in rows) == {
         ("harmful", "train"): 72,
         ("harmful", "test"): 48,
-        ("ordinary", "train"): 80,
+        ("ordinary", "train"): 160,
         ("ordinary", "test"): 40,
         ("scary", "train"): 30,
         ("scary", "test"): 30,
@@ -99,12 +99,12 @@ def test_train_and_test_prompts_share_under_half_of_their_words(rows: list[Row])
     assert near == []
 
 
-def test_prompts_have_five_to_thirty_words_and_responses_fifteen_to_sixty(rows: list[Row]) -> None:
+def test_prompts_have_five_to_thirty_words_and_responses_eight_to_sixty(rows: list[Row]) -> None:
     def outside(text: str, low: int, high: int) -> bool:
         return not low <= len(text.split()) <= high
 
     assert [row["id"] for row in rows if outside(row["prompt"], 5, 30)] == []
-    assert [row["id"] for row in rows if outside(row["response"], 15, 60)] == []
+    assert [row["id"] for row in rows if outside(row["response"], 8, 60)] == []
 
 
 def test_every_harmful_request_is_declined_in_the_first_words(rows: list[Row]) -> None:

@@ -95,9 +95,11 @@ def _execute(path: str, overrides: list[str] | None, stages: list[str] | None, d
     config = load_config(path, overrides or [])
     if not dry_run:
         # Before the stages bring in the libraries, which look at their settings once.
+        from ballast.pipeline.memory import keep_freed_memory
         from ballast.pipeline.quiet import quiet_libraries
 
         quiet_libraries()
+        keep_freed_memory()
     from ballast.pipeline import run
 
     if dry_run:
