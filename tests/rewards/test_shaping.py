@@ -110,3 +110,13 @@ def test_terms_are_normalised_before_they_are_added() -> None:
 
 def test_spread_of_a_group_without_scored_rows_is_zero() -> None:
     assert group_std(torch.tensor([1.0, 5.0]), torch.tensor([False, False]), 2).tolist() == [0.0, 0.0]
+
+
+def test_a_term_over_the_batch_still_presses_on_a_group_of_equals() -> None:
+    # Groups of 2: one refuses an ordinary prompt as a whole (-1, -1), one answers (1, 1). Each group alone has
+    # nothing to compare; over the batch mean 0 and standard deviation sqrt(4/3) = 1.1547, so -+1/1.1547 = -+0.866.
+    reward = torch.tensor([[-1.0], [-1.0], [1.0], [1.0]])
+    one, scored = torch.tensor([1.0]), torch.ones(4, dtype=torch.bool)
+    assert sum_of_zscores(reward, one, scored, 2, 0.1).tolist() == [0.0] * 4
+    total = sum_of_zscores(reward, one, scored, 2, 0.1, over_batch=[0])
+    torch.testing.assert_close(total, torch.tensor([-0.8660, -0.8660, 0.8660, 0.8660]), atol=1e-4, rtol=0)

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from ballast.guardrails.calibrated import CalibratedOptions
+from ballast.guardrails.families.classifier import ClassifierOptions
 from ballast.guardrails.families.ensemble import EnsembleOptions
 from ballast.guardrails.families.granite import GraniteGuardianOptions
 from ballast.guardrails.families.llama_guard import LlamaGuardOptions
@@ -27,6 +28,7 @@ from ballast.guardrails.families.qwen3guard import Qwen3GuardOptions
 from ballast.guardrails.families.shieldgemma import ShieldGemmaOptions
 from ballast.guardrails.families.verdict import VerdictOptions
 from ballast.guardrails.heads.embedded import EmbeddedOptions
+from ballast.guardrails.heads.qwen3guard_stream import Qwen3GuardStreamOptions
 from ballast.guardrails.ngram import NgramOptions
 from ballast.guardrails.registry import PluginOptions
 from ballast.guardrails.rules import RulesOptions
@@ -35,6 +37,7 @@ from ballast.pipeline.evaluation.suites import Kind
 
 GuardOptions = Annotated[
     CalibratedOptions
+    | ClassifierOptions
     | EmbeddedOptions
     | EnsembleOptions
     | GraniteGuardianOptions
@@ -44,6 +47,7 @@ GuardOptions = Annotated[
     | PluginOptions
     | PromptedOptions
     | Qwen3GuardOptions
+    | Qwen3GuardStreamOptions
     | RulesOptions
     | ShieldGemmaOptions,
     Field(discriminator="type"),
@@ -52,11 +56,13 @@ GuardOptions = Annotated[
 
 # What tells two guards of one type apart, by type; `guard_identity` reads it.
 _DECIDES: dict[str, str] = {
+    "classifier": "model",
     "granite_guardian": "model",
     "llama_guard": "model",
     "plugin": "name",
     "prompted": "model",
     "qwen3guard": "model",
+    "qwen3guard_stream": "model",
     "rules": "patterns",
     "shieldgemma": "model",
 }
@@ -65,12 +71,12 @@ _DECIDES: dict[str, str] = {
 def guard_identity(options: BaseModel) -> tuple[object, ...]:
     """What makes two guards the same one: not batch sizes, precision or templates, but what decides.
 
-    Of a verdict guard its model, whatever its family, of a moderation endpoint its address and model, of a plug-in its name, of rules
-    their patterns; of the others the type.
+    Of a guard on a model that model, whatever its family, of a moderation endpoint its address and model, of a
+    plug-in its name, of rules their patterns; of the others the type.
     """
     match options:
-        case VerdictOptions():
-            return "verdict", options.model
+        case VerdictOptions() | ClassifierOptions() | Qwen3GuardStreamOptions():
+            return "model", options.model
         case ModerationOptions():
             return options.type, options.base_url.rstrip("/"), options.model
         case PluginOptions():
@@ -232,10 +238,15 @@ class ShapingConfig(Component):
 
 
 class RewardConfig(Component):
-    """Weights of the terms that are normalised by group, each on its own, and then added."""
+    """Weights of the terms that are normalised, each on its own, and then added."""
 
     star: NonNegativeFloat = Field(1.0, description="lowest cleaned STAR of an answer to a harmful prompt")
     refusal: NonNegativeFloat = Field(1.0, description="decline harmful requests, answer the others")
+    refusal_baseline: Literal["group", "batch"] = Field(
+        "group",
+        description="what the refusal term is compared with: the prompt's own group, or all completions of the step, "
+        "which also presses on a group that refuses or answers as a whole",
+    )
     coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
     std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that a reward is divided by")
 
@@ -257,7 +268,10 @@ class TrainConfig(Component):
     group_size: int = Field(8, ge=2, description="completions of each prompt; the group is the baseline")
     micro_batch_size: PositiveInt = Field(16, description="completions per forward and backward pass")
     learning_rate: PositiveFloat = Field(1e-4, description="peak learning rate")
-    warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up; the rate is constant afterwards")
+    warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="the learning rate after the warm-up: constant, or falling to 0 at the last step"
+    )
     max_grad_norm: PositiveFloat = Field(1.0, description="gradient norm above which gradients are scaled down")
     beta: NonNegativeFloat = Field(0.0, description="KL to the reference in TRL's loss; 0 computes no reference")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = Field(

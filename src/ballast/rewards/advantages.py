@@ -6,6 +6,8 @@ NaN marks a row that a term does not apply to; `scored_N` False marks a row that
 which takes part in no statistic and gets advantage 0. Groups straddle processes: gather before calling.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -47,8 +49,21 @@ def group_zscore(value_N: torch.Tensor, scored_N: torch.Tensor, group_size: int,
 
 
 def sum_of_zscores(
-    reward_NR: torch.Tensor, weight_R: torch.Tensor, scored_N: torch.Tensor, group_size: int, std_floor: float
+    reward_NR: torch.Tensor,
+    weight_R: torch.Tensor,
+    scored_N: torch.Tensor,
+    group_size: int,
+    std_floor: float,
+    over_batch: Sequence[int] = (),
 ) -> torch.Tensor:
-    """(N,) sum over terms of weight * Z(term). Summing raw rewards first would let spreads reweigh the terms."""
-    z_RN = [group_zscore(reward_N, scored_N, group_size, std_floor) for reward_N in reward_NR.unbind(dim=1)]
+    """(N,) sum over terms of weight * Z(term). Summing raw rewards first would let spreads reweigh the terms.
+
+    Args:
+        over_batch: columns whose statistics are those of all N rows. Such a term still presses where a whole group
+            gets the same reward, at the price of comparing prompts with one another.
+    """
+    z_RN = [
+        group_zscore(reward_N, scored_N, len(reward_N) if column in over_batch else group_size, std_floor)
+        for column, reward_N in enumerate(reward_NR.unbind(dim=1))
+    ]
     return (torch.stack(z_RN, dim=1) * weight_R).sum(dim=1)

@@ -67,7 +67,8 @@ class ShapedGRPOTrainer(GRPOTrainer):
             whatever the other terms gave them; there the sum of our z-scores takes their place.
         star_on: kinds of prompts whose reward includes the guard's STAR; on others the STAR only gates and
             charges drops. With `shaping=None` the STAR counts on every kind, as in TRL's own sum.
-        std_floor: smallest group spread that a reward is divided by.
+        over_batch: names of terms that are normalised over the whole batch instead of each group.
+        std_floor: smallest spread that a reward is divided by.
         max_unscored_share: share of unscored completions of a batch above which the run stops.
         prompt_format: encodes prompts; None leaves it to TRL.
         on_batch: called with a `StepRecord` after every scored batch.
@@ -86,6 +87,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
         args: GRPOConfig,
         shaping: ShapingConfig | None = DEFAULT_SHAPING,
         star_on: Sequence[str] = ("harmful",),
+        over_batch: Sequence[str] = (),
         std_floor: float = 0.1,
         max_unscored_share: float = 0.25,
         prompt_format: PromptFormat | None = None,
@@ -97,6 +99,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
         self.terms = [guard_reward, *checked_terms(reward_funcs)]
         self.shaping = shaping
         self.star_on = frozenset(star_on)
+        self.over_batch = [n for n, term in enumerate(self.terms) if term.__name__ in over_batch]
         self.std_floor = std_floor
         self.max_unscored_share = max_unscored_share
         self.prompt_format = prompt_format
@@ -156,7 +159,8 @@ class ShapedGRPOTrainer(GRPOTrainer):
         """(N, T) advantages of this process's rows; statistics are over all processes' rows."""
         G, shaping, N = self._group_size, self.shaping, len(segment_NT)
         own = slice(self.accelerator.process_index * N, (self.accelerator.process_index + 1) * N)
-        z_N = sum_of_zscores(reward_all_NR, self.reward_weights.cpu(), scored_all_N, G, self.std_floor)[own]
+        weights = self.reward_weights.cpu()
+        z_N = sum_of_zscores(reward_all_NR, weights, scored_all_N, G, self.std_floor, self.over_batch)[own]
         clean_NK = scored.clean_NK
         advantage_NK = z_N[:, None].expand_as(clean_NK)
         if shaping is not None and shaping.gate.enabled:
