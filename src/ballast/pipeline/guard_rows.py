@@ -90,23 +90,28 @@ def _content(source: str) -> bytes:
 
 
 def _object(line: str, number: int, name: str) -> dict[str, Any]:
+    # Of an error its kind and its place alone: nothing may quote the line.
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        # Of the error its kind and its place alone: JSON's own words do not quote the line.
-        why = (
-            f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        )
-        raise DataError(
-            f"line {number} of {name} is not JSON ({why}); write one whole JSON object a line "
-            "(`jq -c .[] FILE` turns a list into such lines)"
-        ) from None
+    except json.JSONDecodeError as error:
+        raise _not_json(f"{error.msg} at character {error.colno}", number, name) from None
+    except RecursionError:
+        raise _not_json("nested too deep", number, name) from None
+    except ValueError:  # Python's limit on digits
+        raise _not_json("a number too long", number, name) from None
     if not isinstance(record, dict):
         raise DataError(
             f"line {number} of {name} holds a {type(record).__name__}, not an object with columns; write it like "
             '{"prompt": "...", "response": "..."}'
         )
     return record
+
+
+def _not_json(why: str, number: int, name: str) -> DataError:
+    return DataError(
+        f"line {number} of {name} is not JSON ({why}); write one whole JSON object a line (`jq -c .[] FILE` turns a list "
+        "into such lines)"
+    )
 
 
 def _row(record: dict[str, Any], number: int, name: str, columns: Columns) -> InputRow:
