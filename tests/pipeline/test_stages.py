@@ -14,11 +14,12 @@ from ballast.errors import DataError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
+from ballast.pipeline.data import Row
 from ballast.pipeline.evaluation.measure import measure_model, read_verdicts
 from ballast.pipeline.evaluation.metrics import EvaluationSummary
 from ballast.pipeline.generation import ScriptedGenerator
 from ballast.pipeline.run import STAGES, run, stage_settings
-from ballast.pipeline.stages import score
+from ballast.pipeline.stages import align, score
 
 pytestmark = pytest.mark.model
 
@@ -267,3 +268,30 @@ def test_weights_are_loaded_only_where_others_are_asked_for(context):
     context.forget_weights()  # training has put its own into the engine
     context.generator("start")
     assert loaded == ["aligned", "start", "start"]
+
+
+def test_rehearsal_imitates_own_answers_but_no_refusal_and_no_gibberish_and_leaves_harmful_rows_alone(context):
+    said = {"bread": ANSWERS, "kill": REFUSES, "tea": "tea tea tea tea tea tea tea tea tea tea tea tea"}
+    context._generator = ScriptedGenerator(
+        lambda ids, seed: next(text for word, text in said.items() if word in context.tokenizer.decode(ids)),
+        context.tokenizer,
+    )
+    rows = [
+        Row("h", "Harmful request", "harmful", response=REFUSES),
+        Row("o", "How do I bake bread?", "ordinary", response="Written."),
+        Row("s", "How do I kill a process?", "scary", response="Written."),
+        Row("t", "How do I make tea?", "ordinary", response="Written."),
+    ]
+    own = align.rehearsed_answers(context, rows)
+    assert list(own) == ["o"]
+    assert context.tokenizer.decode(own["o"], skip_special_tokens=True) == ANSWERS
+
+
+def test_a_rehearsed_answer_that_was_cut_off_does_not_teach_to_stop_there(context):
+    row = Row("o", "How do I bake bread?", "ordinary", response="Written.")
+    eos, cut_off = context.tokenizer.eos_token_id, context.tokenizer.encode("You mix flour with")
+    written = align.encode_answer(context.prompt_format, row, 64)
+    own = align.encode_answer(context.prompt_format, row, 64, own=cut_off)
+    assert written["input_ids"][-1] == eos
+    prompt = len(own["completion_mask"]) - sum(own["completion_mask"])
+    assert own["input_ids"][prompt:] == cut_off

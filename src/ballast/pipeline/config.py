@@ -206,6 +206,12 @@ class AlignConfig(Component):
     data: Names = Field(("shipped",), min_length=1, description="sources of prompts with answers")
     epochs: PositiveFloat = Field(1.0, description="passes over the rows; a fraction is allowed")
     max_rows: PositiveInt | None = Field(None, description="use at most this many rows, drawn by the seed")
+    rehearse: bool = Field(
+        False,
+        description="on prompts that are not harmful, imitate what the start model itself answers instead of the answer "
+        "in the data, so that refusals change and little else; a refusal of its own is never imitated",
+    )
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how the answers to rehearse are sampled")
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate, linear decay")
     batch_size: PositiveInt = Field(8, description="rows per optimizer step")
     max_length: PositiveInt = Field(256, description="tokens of prompt and answer; longer rows are cut")

@@ -9,6 +9,7 @@ Writes `model/` (weights, tokenizer, prompt format) and `training.json`.
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     check_one_device()
     config, settings = context.config, context.config.align
     rows = alignment_rows(context)
-    examples = [encode_answer(context.prompt_format, row, settings.max_length) for row in rows]
+    own = rehearsed_answers(context, rows) if settings.rehearse else {}
+    examples = [encode_answer(context.prompt_format, row, settings.max_length, own.get(row.id)) for row in rows]
     args = SFTConfig(
         output_dir=str(folder / "trainer"),
         num_train_epochs=settings.epochs,
@@ -64,7 +66,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     tokens = sum(len(example["input_ids"]) for example in examples) * settings.epochs
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
     (folder / "training.json").write_text(
-        json.dumps({"rows": len(rows), "seconds": seconds, "tokens_per_s": tokens / seconds})
+        json.dumps({"rows": len(rows), "rehearsed": len(own), "seconds": seconds, "tokens_per_s": tokens / seconds})
     )
 
 
@@ -85,17 +87,46 @@ def alignment_rows(context: RunContext) -> list[Row]:
     return draw(rows, config.align.max_rows, config.seed)
 
 
-def encode_answer(prompt_format: PromptFormat, row: Row, max_length: int) -> dict[str, list[int]]:
-    """Token ids of prompt and answer, with the loss on the answer and its end-of-turn token."""
+def rehearsed_answers(context: RunContext, rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
+    """What the start model answers to the rows that are not harmful, as token ids by row id.
+
+    An answer that refuses or is not coherent is left out, so that the one in the data takes its place.
+    """
+    from ballast.rewards.coherence import coherence
+    from ballast.rewards.refusal import is_refusal
+
+    sampling = context.config.align.sampling
+    asked = [row for row in rows if row.kind != "harmful"]
+    generator = context.generator(context.start_model)
+    with context.progress("align: rehearsing", len(asked)) as done:
+        answers = generator.generate(context.encode_prompts(asked, sampling), sampling, context.config.seed, done)
+    return {
+        row.id: answer.ids
+        for row, answer in zip(asked, answers, strict=True)
+        if not is_refusal(answer.text) and coherence(answer.text, answer.truncated).ok
+    }
+
+
+def encode_answer(
+    prompt_format: PromptFormat, row: Row, max_length: int, own: Sequence[int] | None = None
+) -> dict[str, list[int]]:
+    """Token ids of prompt and answer, with the loss on the answer and its end-of-turn token.
+
+    Args:
+        own: ids to imitate instead of the row's answer, with the end-of-turn token where there was one: an answer
+            that was cut off does not teach to stop there.
+    """
     tokenizer = prompt_format.tokenizer
-    if row.response is None:
+    if own is None and row.response is None:
         raise DataError(
             f"row {row.id} has no answer to imitate; give data.response_column, or leave its source out of align.data"
         )
     prompt = prompt_format.encode_request(row.id, row.prompt)
-    answer = tokenizer(row.response, add_special_tokens=False, split_special_tokens=True)["input_ids"] + [
-        tokenizer.eos_token_id
-    ]
+    if own is None:
+        answer = tokenizer(row.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        answer = [*answer, tokenizer.eos_token_id]
+    else:
+        answer = list(own)
     if len(prompt) >= max_length:
         raise DataError(
             f"row {row.id}: its prompt has {len(prompt)} tokens, so align.max_length = {max_length} leaves no room for the answer; raise it or drop the row"
