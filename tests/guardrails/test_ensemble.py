@@ -94,7 +94,7 @@ def test_members_are_read_as_the_registry_reads_them_and_may_nest():
     assert options.members[1].members[1] == RulesOptions(base_risk=0.1)
     assert guard_options(options.model_dump(mode="json")) == options
     for members, message in (
-        (["rules"], "at least 2"),
+        (["rules"], "members holds 1 guards; give two"),
         (["rules", "rules"], "members 0 and 1 are the same guard"),
         (["rules", "rulez"], "did you mean 'rules'"),
         (["rules", {"type": "rules", "colour": "red"}], "colour"),

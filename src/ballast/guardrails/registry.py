@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ballast.errors import BallastError, ConfigError, GuardError
 from ballast.guardrails.licences import FAMILIES, UNKNOWN, Licence, licence_of_model, strictest
@@ -27,6 +27,7 @@ ENTRY_POINT_GROUP = "ballast.guardrails"
 # type -> the guard's class, constructed with its options; importing it loads no weights and no torch.
 BUILT_INS: dict[str, str] = {
     "calibrated": "ballast.guardrails.calibrated:calibrated_guard",
+    "classifier": "ballast.guardrails.families.classifier:ClassifierGuard",
     "embedded": "ballast.guardrails.heads.embedded:EmbeddedGuard",
     "ensemble": "ballast.guardrails.families.ensemble:EnsembleGuard",
     "granite_guardian": "ballast.guardrails.families.granite:GraniteGuardian",
@@ -35,12 +36,14 @@ BUILT_INS: dict[str, str] = {
     "ngram": "ballast.guardrails.ngram:NgramGuard",
     "prompted": "ballast.guardrails.families.prompted:PromptedGuard",
     "qwen3guard": "ballast.guardrails.families.qwen3guard:Qwen3Guard",
+    "qwen3guard_stream": "ballast.guardrails.heads.qwen3guard_stream:Qwen3GuardStream",
     "rules": "ballast.guardrails.rules:RulesGuard",
     "shieldgemma": "ballast.guardrails.families.shieldgemma:ShieldGemma",
 }
 
 OPTIONS: dict[str, str] = {
     "calibrated": "ballast.guardrails.calibrated:CalibratedOptions",
+    "classifier": "ballast.guardrails.families.classifier:ClassifierOptions",
     "embedded": "ballast.guardrails.heads.embedded:EmbeddedOptions",
     "ensemble": "ballast.guardrails.families.ensemble:EnsembleOptions",
     "granite_guardian": "ballast.guardrails.families.granite:GraniteGuardianOptions",
@@ -50,6 +53,7 @@ OPTIONS: dict[str, str] = {
     "plugin": "ballast.guardrails.registry:PluginOptions",
     "prompted": "ballast.guardrails.families.prompted:PromptedOptions",
     "qwen3guard": "ballast.guardrails.families.qwen3guard:Qwen3GuardOptions",
+    "qwen3guard_stream": "ballast.guardrails.heads.qwen3guard_stream:Qwen3GuardStreamOptions",
     "rules": "ballast.guardrails.rules:RulesOptions",
     "shieldgemma": "ballast.guardrails.families.shieldgemma:ShieldGemmaOptions",
 }
@@ -218,8 +222,9 @@ def guard_options(what: BaseModel | Mapping[str, Any] | str, overrides: Mapping[
 
 
 # Options of a guard within another guard's options: any that `load_guardrail` takes, read as it reads them.
-# Checked when a value arrives and not by the type, since a guard's options may again hold guards.
-NestedGuardOptions = Annotated[SerializeAsAny[BaseModel], BeforeValidator(lambda what: guard_options(what))]
+# Checked when a value arrives and not by the type, since a guard's options may again hold guards. The value is
+# always an options model.
+NestedGuardOptions = Annotated[Any, BeforeValidator(lambda what: guard_options(what))]
 
 
 def _plugin(options: PluginOptions) -> Guardrail:

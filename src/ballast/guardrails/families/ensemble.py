@@ -27,7 +27,7 @@ class EnsembleOptions(BaseModel):
 
     type: Literal["ensemble"] = "ensemble"
     members: tuple[NestedGuardOptions, ...] = Field(
-        min_length=2, description="options of the guards, of any type, each a different one"
+        description="options of two or more guards, of any type, each a different one"
     )
     combine: Literal["mean", "max"] = Field(
         default="mean", description="mean: the average risk; max: the highest, so that the strictest member decides"
@@ -43,6 +43,8 @@ class EnsembleOptions(BaseModel):
 
     @model_validator(mode="after")
     def _members_differ(self) -> "EnsembleOptions":
+        if len(self.members) < 2:
+            raise ValueError(f"members holds {len(self.members)} guards; give two or more, or use the one by itself")
         for number, member in enumerate(self.members):
             if member in self.members[:number]:
                 raise ValueError(
