@@ -14,6 +14,7 @@ from ballast.guardrails.calibrated import (
     CalibratedGuard,
     CalibratedOptions,
     CalibratedStreamingGuard,
+    calibrate_guard,
     guard_fingerprint,
 )
 from ballast.guardrails.calibration import Calibration, fit_calibration
@@ -251,6 +252,28 @@ def test_a_calibration_is_refused_for_another_guard(tmp_path):
         load_guardrail({"type": "calibrated", "guard": "ngram", "calibration": str(path)})
     with pytest.raises(ConfigError, match="fit it again"):
         load_guardrail({"type": "calibrated", "guard": {"type": "rules", "base_risk": 0.1}, "calibration": str(path)})
+
+
+def test_a_guard_is_judged_calibrated_and_carries_what_was_fitted(tmp_path):
+    # The pattern is found in 60 responses, half of which are unsafe, and in none of the 60 others.
+    options = RulesOptions(patterns=(RulePattern(pattern="alarm", risk=0.95),), base_risk=0.02)
+    exchanges = [
+        Exchange(({"role": "user", "content": f"q{i}"},), "an alarm" if i % 2 else "all is calm") for i in range(120)
+    ]
+    unsafe = [i % 4 == 1 for i in range(120)]
+    counts = []
+    calibration, report = calibrate_guard(
+        options, exchanges, unsafe, method="isotonic", benign_quantile=None, on_scored=counts.append
+    )
+    assert counts == [64, 120]
+    assert report.fitted_rows + report.held_out_rows == 120
+    calibration.save(tmp_path / "c.json")
+    guard = load_guardrail({"type": "calibrated", "guard": options, "calibration": str(tmp_path / "c.json")})
+    calm, alarm = (trace.risk[0] for trace in guard.assess(exchanges[:2], [(11,), (8,)]))
+    assert calm == 0.0
+    assert alarm == pytest.approx(0.5, abs=0.15)
+    with pytest.raises(ConfigError, match="carries a calibration already"):
+        calibrate_guard(CalibratedOptions(guard=options, calibration="c.json"), exchanges, unsafe)
 
 
 def test_a_fingerprint_follows_what_decides_and_not_how_it_runs(tmp_path):

@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ballast.errors import ConfigError
-from ballast.guardrails.calibration import Calibration
+from ballast.guardrails.calibration import Calibration, CalibrationReport, Method, fit_calibration
 from ballast.guardrails.registry import ENTRY_POINT_GROUP, OPTIONS, NestedGuardOptions, PluginOptions, load_guardrail
 from ballast.guardrails.types import Exchange, Guardrail, GuardSession, Message, RiskTrace, StreamingGuardrail
 from ballast.models import file_sha256
@@ -155,3 +155,57 @@ def calibrated_guard(options: CalibratedOptions) -> CalibratedGuard:
     guard = load_guardrail(options.guard)
     kind = CalibratedStreamingGuard if isinstance(guard, StreamingGuardrail) else CalibratedGuard
     return kind(guard, calibration, guard_fingerprint(options.guard))
+
+
+def calibrate_guard(
+    options: BaseModel,
+    exchanges: Sequence[Exchange],
+    unsafe: Sequence[bool],
+    *,
+    method: Method = "temperature",
+    benign_quantile: float | None = 0.9,
+    benign: Sequence[bool] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    on_scored: Callable[[int], None] | None = None,
+) -> tuple[Calibration, CalibrationReport]:
+    """Judge labelled responses with a guard and fit a calibration that is bound to it.
+
+    The risk is that of the whole response. A guard that is to judge prefixes is calibrated on exchanges whose
+    responses are prefixes, each with its own label.
+
+    Args:
+        options: options of the guard, not calibrated yet.
+        exchanges: (N,) what was labelled; rows with equal messages count as one prompt.
+        unsafe: (N,) the labels.
+        method: see `fit_calibration`, as for the other arguments.
+        benign_quantile: the floor, as a quantile of the risk of benign rows.
+        benign: (N,) rows that the floor is chosen on.
+        seed: of split and bootstrap.
+        batch_size: exchanges a call of the guard.
+        on_scored: called with the number of rows scored so far.
+
+    Raises:
+        ConfigError: the guard carries a calibration already.
+        DataError: rows that nothing can be fitted on.
+    """
+    if isinstance(options, CalibratedOptions):
+        raise ConfigError("the guard carries a calibration already; calibrate the guard within it, options.guard")
+    guard = load_guardrail(options)
+    risk: list[float | None] = []
+    for start in range(0, len(exchanges), batch_size):
+        part = exchanges[start : start + batch_size]
+        risk += [trace.risk[0] for trace in guard.assess(part, [(len(exchange.response),) for exchange in part])]
+        if on_scored:
+            on_scored(len(risk))
+    return fit_calibration(
+        risk,
+        unsafe,
+        prompts=[json.dumps(exchange.messages) for exchange in exchanges],
+        guard=guard.name,
+        fingerprint=guard_fingerprint(options),
+        method=method,
+        benign_quantile=benign_quantile,
+        benign=benign,
+        seed=seed,
+    )
