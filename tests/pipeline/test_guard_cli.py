@@ -264,14 +264,17 @@ def test_an_interrupted_call_goes_on_where_it_stopped_and_asks_again_what_was_un
     flaky.dies_at, flaky.silent = "e", {"b"}
     assert score_six(tmp_path).exit_code == 130
     assert not (tmp_path / "out.jsonl").exists()
-    flaky.dies_at, flaky.silent, flaky.asked = None, set(), []
-    # As if the process had been killed while it wrote the next line.
+    # As if the process had been killed while it wrote the next line; the call after that is interrupted, too.
     with (tmp_path / "out.jsonl.partial").open("a") as handle:
         handle.write('{"line": 5, "id": "torn')
+    flaky.dies_at, flaky.silent, flaky.asked = "f", set(), []
+    assert score_six(tmp_path).exit_code == 130
+    assert flaky.asked == ["b", "e", "f"]
+    flaky.dies_at, flaky.silent, flaky.asked = None, set(), []
     result = score_six(tmp_path)
     assert result.exit_code == 0, result.output
-    assert flaky.asked == ["b", "e", "f"]
-    assert "3 of 6 rows were scored before and are kept" in result.stderr
+    assert flaky.asked == ["f"]
+    assert "5 of 6 rows were scored before and are kept" in result.stderr
     scored = lines((tmp_path / "out.jsonl").read_text())
     assert [(r["line"], r["risk"]) for r in scored] == [(n, [0.5]) for n in range(1, 7)]
     assert not (tmp_path / "out.jsonl.partial").exists()
