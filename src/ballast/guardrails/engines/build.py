@@ -52,7 +52,9 @@ def build_engine(
     from ballast.guardrails.engines.cache import CachedEngine, weights_identity
 
     served = (
-        (options.base_url, options.model) if isinstance(options, ServerOptions) else weights_identity(model, revision)
+        (options.base_url, options.model or model)
+        if isinstance(options, ServerOptions)
+        else weights_identity(model, revision)
     )
     return CachedEngine(engine, options.cache, (*served, dtype, labels.safe, labels.unsafe), guard=guard)
 
