@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ballast.errors import BallastError, GuardError
+from ballast.guardrails.asking import ask
 from ballast.guardrails.segments import SegmentOptions, cut_response, segment_of_tokens, token_char_ends
 from ballast.guardrails.types import Exchange, Guardrail, Message, RiskTrace
 from ballast.rewards.star import SegmentScores, clean_trace, segment_scores
@@ -100,34 +100,12 @@ class GuardReward:
             segments.append(tuple(segment_of_tokens(ends, cuts)))
             all_cuts.append((0, *cuts) if text else (0,))
             exchanges.append(Exchange(_messages(prompt), text))
-        traces = self._assess(exchanges, all_cuts)
+        traces = ask(self.guard, exchanges, all_cuts)
         scores = segment_scores(traces)
         clean_NK = clean_trace(scores.star_NK, scores.segment_mask_NK) if self.clean else scores.star_NK
         return ScoredBatch(
             tuple(texts), tuple(traces), tuple(segments), scores, clean_NK, time.perf_counter() - started
         )
-
-    def _assess(self, exchanges: list[Exchange], cuts: list[tuple[int, ...]]) -> list[RiskTrace]:
-        try:
-            traces = self.guard.assess(exchanges, cuts)
-        except BallastError:
-            raise
-        except Exception as error:
-            if len(exchanges) > 1:
-                logger.warning(
-                    "guardrail '%s' raised %s on a batch of %d; asking row by row",
-                    self.guard.name,
-                    type(error).__name__,
-                    len(exchanges),
-                )
-                return [self._assess([one], [row])[0] for one, row in zip(exchanges, cuts, strict=True)]
-            return [RiskTrace.unscored(row, f"the guard raised {type(error).__name__}") for row in cuts]
-        if len(traces) != len(exchanges) or any(trace.cuts != row for trace, row in zip(traces, cuts, strict=True)):
-            raise GuardError(
-                f"guardrail '{self.guard.name}' answered {len(traces)} traces for {len(exchanges)} exchanges, or changed "
-                f"their cuts; run `ballast guard check {self.guard.name}` and mend its assess()"
-            )
-        return traces
 
 
 def _messages(prompt: Any) -> tuple[Message, ...]:
