@@ -94,7 +94,10 @@ FAULTS = {
     "infinity": (Reply(raw('{"top_logprobs": [{"token_id:3": Infinity}]}')), "finite_number"),
     "a number too large": (Reply(raw('{"top_logprobs": [{"token_id:3": -1e999}]}')), "finite_number"),
     "logits": (reply_of({"top_logprobs": [{"token_id:3": 12.5, "token_id:7": -3.0}]}), "no log-probs: above 0"),
-    "more than 1 in all": (reply_of({"top_logprobs": [{"token_id:3": -0.1, "token_id:9": -0.1}]}), "no log-probs: above 0"),
+    "more than 1 in all": (
+        reply_of({"top_logprobs": [{"token_id:3": -0.1, "token_id:9": -0.1}]}),
+        "no log-probs: above 0",
+    ),
     "an empty top": (reply_of({"top_logprobs": [{}]}), "no label of the guard"),
     "no label": (reply_of({"top_logprobs": [{"token_id:9": -0.1}]}), "no label of the guard"),
     "tokens as text": (reply_of({"top_logprobs": [{"safe": -0.1, "unsafe": -3.0}]}), "names tokens by text"),
@@ -164,6 +167,17 @@ def test_rows_that_a_server_chokes_on_do_not_cost_the_rest_theirs():
     with serving(lambda r, attempt: Reply({}, 500) if r["prompt"] in choking else sound(r)) as server:
         [verdicts] = engine(server.url, connections=1).score([rows])
     assert [v.risk is None for v in verdicts] == [True] * 12 + [False] * 8
+
+
+def test_a_server_that_is_back_is_given_every_attempt_again():
+    def script(request, attempt):
+        number = request["prompt"][1]
+        failing = number < 5 or (number == 6 and attempt < 2)  # five in a row, one that is answered, one that is late
+        return Reply({}, 500) if failing else sound(request)
+
+    with serving(script) as server:
+        [verdicts] = engine(server.url, connections=1).score([[[1, n] for n in range(7)]])
+    assert [v.risk is None for v in verdicts] == [True] * 5 + [False] * 2
 
 
 def test_a_server_that_hangs_ends_the_call_after_its_patience():
