@@ -49,6 +49,7 @@ def fit(risk, unsafe, prompts, **options):
     return fit_calibration(risk, unsafe, prompts=prompts, **BOUND, **options)
 
 
+@settings(deadline=None)
 @given(st.lists(risks, min_size=2, max_size=8), st.floats(0.05, 20))
 def test_temperature_keeps_the_order_and_stays_in_the_unit_interval(values, t):
     mapped = [temperature(t)(value) for value in sorted(values)]
@@ -56,6 +57,7 @@ def test_temperature_keeps_the_order_and_stays_in_the_unit_interval(values, t):
     assert mapped == sorted(mapped)
 
 
+@settings(deadline=None)
 @given(st.floats(0.001, 0.999), st.floats(0.001, 0.998), st.floats(0.2, 5))
 def test_temperature_keeps_every_difference(low, step, t):
     high = low + (1 - low) * step
@@ -63,6 +65,7 @@ def test_temperature_keeps_every_difference(low, step, t):
         assert temperature(t)(high) > temperature(t)(low)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 0.99), st.floats(0.05, 20))
 def test_the_floor_makes_zeros_and_changes_nothing_else(risk, floor, t):
     plain = temperature(t)(risk)
@@ -74,7 +77,7 @@ def isotonic(seed):
     return fit(*rows(120, seed=7), method="isotonic", seed=seed)[0]
 
 
-@settings(deadline=None)  # the first draw of a seed pays for its fit
+@settings(deadline=None)
 @given(st.integers(0, 3), risks, risks)
 def test_isotonic_never_inverts_the_order_and_stays_in_the_unit_interval(seed, a, b):
     calibration = isotonic(seed)
