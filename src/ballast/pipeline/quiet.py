@@ -22,7 +22,7 @@ _ENVIRONMENT = {
 }
 
 # Libraries that have no such variable.
-_LOGGERS = ("accelerate", "peft", "torch", "trl", "vllm")
+_LOGGERS = ("accelerate", "httpcore", "httpx", "peft", "torch", "trl", "vllm")
 
 # Advice to whoever writes the training loop, which the reader of a run can do nothing about.
 _MESSAGES = (
