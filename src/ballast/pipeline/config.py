@@ -19,7 +19,6 @@ from pydantic import (
 
 from ballast.guardrails.calibrated import CalibratedOptions
 from ballast.guardrails.families.classifier import ClassifierOptions
-from ballast.guardrails.families.classifier import ClassifierOptions
 from ballast.guardrails.families.ensemble import EnsembleOptions
 from ballast.guardrails.families.granite import GraniteGuardianOptions
 from ballast.guardrails.families.llama_guard import LlamaGuardOptions
@@ -29,7 +28,6 @@ from ballast.guardrails.families.qwen3guard import Qwen3GuardOptions
 from ballast.guardrails.families.shieldgemma import ShieldGemmaOptions
 from ballast.guardrails.families.verdict import VerdictOptions
 from ballast.guardrails.heads.embedded import EmbeddedOptions
-from ballast.guardrails.heads.qwen3guard_stream import Qwen3GuardStreamOptions
 from ballast.guardrails.heads.qwen3guard_stream import Qwen3GuardStreamOptions
 from ballast.guardrails.ngram import NgramOptions
 from ballast.guardrails.registry import PluginOptions
@@ -50,7 +48,6 @@ GuardOptions = Annotated[
     | PromptedOptions
     | Qwen3GuardOptions
     | Qwen3GuardStreamOptions
-    | Qwen3GuardStreamOptions
     | RulesOptions
     | ShieldGemmaOptions,
     Field(discriminator="type"),
@@ -59,7 +56,6 @@ GuardOptions = Annotated[
 
 # What tells two guards of one type apart, by type; `guard_identity` reads it.
 _DECIDES: dict[str, str] = {
-    "classifier": "model",
     "classifier": "model",
     "granite_guardian": "model",
     "llama_guard": "model",
@@ -210,6 +206,12 @@ class AlignConfig(Component):
     data: Names = Field(("shipped",), min_length=1, description="sources of prompts with answers")
     epochs: PositiveFloat = Field(1.0, description="passes over the rows; a fraction is allowed")
     max_rows: PositiveInt | None = Field(None, description="use at most this many rows, drawn by the seed")
+    rehearse: bool = Field(
+        False,
+        description="on prompts that are not harmful, imitate what the start model itself answers instead of the answer "
+        "in the data, so that refusals change and little else; a refusal of its own is never imitated",
+    )
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how the answers to rehearse are sampled")
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate, linear decay")
     batch_size: PositiveInt = Field(8, description="rows per optimizer step")
     max_length: PositiveInt = Field(256, description="tokens of prompt and answer; longer rows are cut")
