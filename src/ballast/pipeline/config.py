@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -33,6 +31,9 @@ from ballast.guardrails.ngram import NgramOptions
 from ballast.guardrails.registry import PluginOptions
 from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
+from ballast.pipeline.config_base import Component, LoraConfig, Names
+from ballast.pipeline.config_sft import SFTConfig
+from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig, refuse_wrong_options
 from ballast.pipeline.evaluation.suites import Kind
 
 GuardOptions = Annotated[
@@ -96,20 +97,6 @@ def deciding_guards(options: BaseModel) -> dict[tuple[object, ...], str]:
             return deciding_guards(options.guard)
         case _:
             return {guard_identity(options): str(getattr(options, "type", ""))}
-
-
-def _one_is_a_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-# A list of names, of which a single one may be written without brackets: `data.train=prompts.jsonl`.
-Names = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
-
-
-class Component(BaseModel):
-    """Base of every part of a configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelConfig(Component):
@@ -185,17 +172,6 @@ class TransformersGeneration(Component):
 GenerationConfig = Annotated[VLLMGeneration | TransformersGeneration, Field(discriminator="type")]
 
 
-class LoraConfig(Component):
-    """The adapter that is trained. Its reference is the model with the adapter switched off."""
-
-    r: PositiveInt = Field(16, description="rank")
-    alpha: PositiveInt = Field(32, description="scale: the update is alpha / r * B A")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        "all-linear", description="modules that get an adapter"
-    )
-
-
 class AlignConfig(Component):
     """A warm start before GRPO: LoRA SFT on answers, merged into a model folder of its own.
 
@@ -218,31 +194,6 @@ class AlignConfig(Component):
     lora: LoraConfig = LoraConfig()
 
 
-class DropShaping(Component):
-    """Charge a rise in risk to the segment in which it happens; never praise."""
-
-    weight: NonNegativeFloat = Field(1.0, description="0 switches the term off")
-    slack: float = Field(0.05, ge=0, lt=1, description="a fall of STAR below this counts as noise")
-    std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that drops are divided by")
-
-
-class GateShaping(Component):
-    """Scale a positive advantage down where the text has become unsafe."""
-
-    enabled: bool = Field(True, description="false leaves the reward's advantage the same at every token")
-    tau: float = Field(0.0, ge=0, lt=1, description="STAR at and below which no positive advantage is left")
-
-
-class ShapingConfig(Component):
-    """Dynamic Safety Shaping: how segment scores become per-token advantages."""
-
-    drop: DropShaping = DropShaping()
-    gate: GateShaping = GateShaping()
-    clean_trace: bool = Field(
-        True, description="debounce, then running minimum, so that a safe ending cannot undo harm"
-    )
-
-
 class RewardConfig(Component):
     """Weights of the terms that are normalised, each on its own, and then added."""
 
@@ -255,6 +206,9 @@ class RewardConfig(Component):
     )
     coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
     std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that a reward is divided by")
+    star_std_floor: PositiveFloat = Field(
+        0.1, description="the same for the star term, whose scores lie closer together; 0.05 is sharper, and noisier"
+    )
 
     @model_validator(mode="after")
     def _refusing_everything_must_not_win(self) -> Self:
@@ -267,8 +221,15 @@ class RewardConfig(Component):
 
 
 class TrainConfig(Component):
-    """GRPO by TRL with shaped advantages and a LoRA."""
+    """GRPO by TRL with shaped advantages and a LoRA.
 
+    Where `method` is sft, the section `sft` takes its place, and of this one only `max_unscored_share` and `report_to`
+    count.
+    """
+
+    method: Literal["grpo", "sft"] = Field(
+        "grpo", description="grpo learns from its own completions, sft imitates answers as the section sft says"
+    )
     steps: PositiveInt = Field(30, description="optimizer steps")
     prompts_per_step: PositiveInt = Field(4, description="different prompts in a step")
     group_size: int = Field(8, ge=2, description="completions of each prompt; the group is the baseline")
@@ -294,6 +255,12 @@ class TrainConfig(Component):
     )
     reward_functions: Names = Field((), description="further rewards as `package.module:function`, weight 1 each")
     report_to: Names = Field((), description="passed on to TRL: wandb, tensorboard, ...; none by default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follows_tokens(cls, data: Any) -> Any:
+        refuse_wrong_options("train", data if isinstance(data, dict) else {})
+        return data
 
     @model_validator(mode="after")
     def _groups_differ(self) -> Self:
@@ -353,6 +320,7 @@ class RunConfig(Component):
     align: AlignConfig = AlignConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
+    sft: SFTConfig = Field(SFTConfig(), description="counts where train.method is sft")
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -374,11 +342,21 @@ class RunConfig(Component):
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> Self:
-        weights = (self.rewards.star, self.rewards.refusal, self.rewards.coherence, self.shaping.drop.weight)
-        if not any(weights) and not self.train.reward_functions:
+        rewards, shaping = self.rewards, self.shaping
+        weights = (rewards.star, rewards.refusal, rewards.coherence, shaping.drop.weight, shaping.potential.weight)
+        if not any(weights) and not shaping.lagrangian.enabled and not self.train.reward_functions:
             raise ValueError(
-                "rewards.star, rewards.refusal, rewards.coherence and shaping.drop.weight are all 0 and there are no "
-                "train.reward_functions, so every advantage would be 0; set one of the weights above 0"
+                "rewards.star, rewards.refusal, rewards.coherence, shaping.drop.weight and shaping.potential.weight are "
+                "all 0, shaping.lagrangian is off and there are no train.reward_functions, so every advantage would be "
+                "0; set one of the weights above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_kl(self) -> Self:
+        if self.shaping.kl.weight > 0 and self.train.beta > 0:
+            raise ValueError(
+                f"shaping.kl.weight = {self.shaping.kl.weight} with train.beta = {self.train.beta}: {KL_TWICE}"
             )
         return self
 
