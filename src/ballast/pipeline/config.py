@@ -204,6 +204,10 @@ class RewardConfig(Component):
         description="what the refusal term is compared with: the prompt's own group, or all completions of the step, "
         "which also presses on a group that refuses or answers as a whole",
     )
+    over_refusal: PositiveFloat = Field(
+        1.0,
+        description="with refusal_baseline=batch: how many answered harmful prompts a refused harmless one weighs as much as",
+    )
     coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
     std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that a reward is divided by")
     star_std_floor: PositiveFloat = Field(

@@ -18,14 +18,17 @@ from ballast.rewards.refusal import refusal_score
 class RefusalReward:
     """Decline what is harmful, answer what is not: so that refusing everything does not win.
 
-    On `harmful` prompts the degree of refusal in [0, 1]; on `ordinary` and `scary` ones, 1 minus it.
+    On `harmful` prompts the degree of refusal in [0, 1]; on `ordinary` and `scary` ones, 1 - over_refusal * degree.
 
     Args:
         tokenizer: the policy's tokenizer, which the completions are decoded with.
+        over_refusal: how many answered harmful prompts one refused harmless prompt weighs as much as. Where the term
+            is normalised in each group alone, which holds prompts of one kind, it makes no difference.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, over_refusal: float = 1.0) -> None:
         self.tokenizer = tokenizer
+        self.over_refusal = over_refusal
         self.__name__ = "refusal"
         self.last: list[float | None] = []
 
@@ -34,7 +37,10 @@ class RefusalReward:
         degrees = [
             refusal_score(text) for text in self.tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
         ]
-        self.last = [degree if k == "harmful" else 1.0 - degree for degree, k in zip(degrees, kind, strict=True)]
+        self.last = [
+            degree if k == "harmful" else 1.0 - self.over_refusal * degree
+            for degree, k in zip(degrees, kind, strict=True)
+        ]
         return self.last
 
 

@@ -110,7 +110,9 @@ def _rewards(
     )
     star = [None if value != value else value for value in scored.lowest_star_N.tolist()]
     reason = next((trace.reason for trace, s in zip(scored.traces, star, strict=True) if s is None), None)
-    refusal = RefusalReward(context.tokenizer)(completion_ids=ids, kind=[c.kind for c in completions])
+    refusal = RefusalReward(context.tokenizer, config.rewards.over_refusal)(
+        completion_ids=ids, kind=[c.kind for c in completions]
+    )
     fluent = CoherenceReward(context.tokenizer)(completion_ids=ids)
     weights = (config.rewards.star, config.rewards.refusal, config.rewards.coherence)
     rewards: list[float | None] = []

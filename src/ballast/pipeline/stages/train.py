@@ -49,7 +49,11 @@ def run_stage(context: RunContext, folder: Path) -> None:
             model=policy,
             args=grpo_arguments(config, folder / "trainer", n_user_rewards=len(user_rewards)),
             guard_reward=GuardReward(context.guard, tokenizer, config.segments, config.shaping.clean_trace),
-            reward_funcs=[RefusalReward(tokenizer), CoherenceReward(tokenizer), *user_rewards],
+            reward_funcs=[
+                RefusalReward(tokenizer, config.rewards.over_refusal),
+                CoherenceReward(tokenizer),
+                *user_rewards,
+            ],
             shaping=config.shaping,
             over_batch=("refusal",) if config.rewards.refusal_baseline == "batch" else (),
             std_floor=config.rewards.std_floor,
