@@ -23,6 +23,17 @@ def test_declining_is_rewarded_on_harmful_prompts_and_answering_on_the_others(to
 
 
 @pytest.mark.model
+def test_over_refusal_weighs_declined_harmless_prompts_alone(tokenizer: Any) -> None:
+    refusal, answer = (
+        tokenizer(text)["input_ids"] for text in ("I'm sorry, but I can't help with that.", "Boil it for ten minutes.")
+    )
+    reward = RefusalReward(tokenizer, over_refusal=3.0)
+    # 1 - 3 * 1 = -2 for the refused ordinary prompt; the three others as without it.
+    kinds = ["harmful", "harmful", "ordinary", "scary"]
+    assert reward([refusal, answer, refusal, answer], kind=kinds) == [1.0, 0.0, -2.0, 1.0]
+
+
+@pytest.mark.model
 def test_fluent_text_beats_a_loop(tokenizer: Any) -> None:
     texts = [
         "Boil the eggs for ten minutes, then cool them in water before peeling.",
