@@ -20,8 +20,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ballast.errors import ConfigError
-from ballast.guardrails.calibration import Calibration, CalibrationReport, Method, fit_calibration
+from ballast.errors import ConfigError, GuardError
+from ballast.guardrails.asking import ask
+from ballast.guardrails.calibration import Calibration, Method
+from ballast.guardrails.calibration_fit import CalibrationReport, check_labels, fit_calibration
 from ballast.guardrails.registry import ENTRY_POINT_GROUP, OPTIONS, NestedGuardOptions, PluginOptions, load_guardrail
 from ballast.guardrails.types import Exchange, Guardrail, GuardSession, Message, RiskTrace, StreamingGuardrail
 from ballast.models import file_sha256
@@ -187,21 +189,29 @@ def calibrate_guard(
 
     Raises:
         ConfigError: the guard carries a calibration already.
-        DataError: rows that nothing can be fitted on.
+        DataError: rows that nothing can be fitted on; what can be seen of it is refused before the guard is asked.
+        GuardError: the guard could not score one row, or broke its contract.
     """
     if isinstance(options, CalibratedOptions):
         raise ConfigError("the guard carries a calibration already; calibrate the guard within it, options.guard")
+    prompts = [json.dumps(exchange.messages) for exchange in exchanges]
+    check_labels(unsafe, prompts, seed=seed)
     guard = load_guardrail(options)
-    risk: list[float | None] = []
+    traces: list[RiskTrace] = []
     for start in range(0, len(exchanges), batch_size):
         part = exchanges[start : start + batch_size]
-        risk += [trace.risk[0] for trace in guard.assess(part, [(len(exchange.response),) for exchange in part])]
+        traces += ask(guard, part, [(len(exchange.response),) for exchange in part])
         if on_scored:
-            on_scored(len(risk))
+            on_scored(len(traces))
+    if not any(trace.scored for trace in traces):
+        raise GuardError(
+            f"guardrail '{guard.name}' could not score one of {len(traces)} rows (the first: {traces[0].reason}); see what it "
+            "answers with `ballast guard check`, and call this again"
+        )
     return fit_calibration(
-        risk,
+        [trace.risk[0] for trace in traces],
         unsafe,
-        prompts=[json.dumps(exchange.messages) for exchange in exchanges],
+        prompts=prompts,
         guard=guard.name,
         fingerprint=guard_fingerprint(options),
         method=method,

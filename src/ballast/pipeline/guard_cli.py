@@ -1,10 +1,11 @@
-"""The command `ballast guard`: which guards there are, whether one keeps the contract, and what one says of a file.
+"""The command `ballast guard`: which guards there are, whether one keeps the contract, what one says of a file, and
+how far its risk can be taken at its word.
 
 Parsed as `ballast.pipeline.cli` parses: nothing heavy is imported before the guard itself is loaded.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,10 +13,12 @@ from ballast.errors import ConfigError
 
 if TYPE_CHECKING:
     from ballast.guardrails.licences import Licence
+    from ballast.guardrails.reliability import Interval
+    from ballast.pipeline.guard_calibrate import Calibrated
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="The guardrails: which there are, whether one keeps the contract, what one says of a data set.",
+    help="The guardrails: which there are, whether one keeps the contract, what one says of a data set, calibration.",
 )
 
 Settings = Annotated[
@@ -143,6 +146,63 @@ def score(
     )
 
 
+@app.command("calibrate")
+def calibrate(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="JSON lines with prompt (or messages), response and label; - for stdin."),
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="FILE", help="The calibration, a new .json; its report goes to .report.json beside.")
+    ],
+    guard: Annotated[
+        str | None,
+        typer.Option("--guard", metavar="NAME", help="A name of `ballast guard list`; embedded if not given."),
+    ] = None,
+    settings: Settings = None,
+    config: ConfigFile = None,
+    method: Annotated[
+        Literal["temperature", "isotonic"],
+        typer.Option(help="temperature keeps gradations; isotonic follows the labels closer."),
+    ] = "temperature",
+    benign: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Ordinary text, without labels: safe rows, the floor is chosen on them."),
+    ] = None,
+    benign_quantile: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of benign rows, below 1, that get a risk of exactly 0.")
+    ] = 0.9,
+    no_floor: Annotated[bool, typer.Option("--no-floor", help="Leave the risk of benign rows as it is.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows handed to the guard at a time.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split by prompt, and of the intervals.")] = 0,
+    label_column: Annotated[str, typer.Option(help="Column of the label: true or 1 is unsafe.")] = "unsafe",
+    prompt_column: Annotated[str, typer.Option(help="Column of the prompt: text, or a list of messages.")] = "prompt",
+    messages_column: Annotated[str, typer.Option(help="Column of a list of messages; before the prompt.")] = "messages",
+    response_column: Annotated[
+        str, typer.Option(help="Column of the response; else the last assistant turn.")
+    ] = "response",
+) -> None:
+    """Fit a calibration of a guard's risk on labelled rows, for `guard.type=calibrated`; measure it on other prompts."""
+    from ballast.guardrails.registry import guard_options
+    from ballast.pipeline.guard_calibrate import CalibrateJob, run_calibration
+    from ballast.pipeline.guard_rows import Columns
+
+    done = run_calibration(
+        CalibrateJob(
+            file=file,
+            options=guard_options(guard_settings(guard or (None if config else "embedded"), settings or (), config)),
+            columns=Columns(prompt_column, messages_column, response_column, label=label_column),
+            method=method,
+            benign=benign,
+            benign_quantile=None if no_floor else benign_quantile,
+            out=out,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    )
+    _show_calibration(done)
+
+
 def guard_settings(name: str | None, assignments: Sequence[str], config: str | None) -> dict[str, Any]:
     """A guard's options from the command line, not validated yet.
 
@@ -197,6 +257,28 @@ def _licence(licence: "Licence") -> str:
         "unknown": "whether it may be used as a reward is unknown",
     }[licence.as_reward]
     return f"{licence.name}: {said}" + (f" ({licence.note})" if licence.note else "")
+
+
+def _show_calibration(done: "Calibrated") -> None:
+    fitted, report = done.calibration, done.report
+    shape = f"temperature {fitted.temperature:.3g}" if fitted.temperature else f"isotonic, {len(fitted.knots)} knots"
+    print(f"guardrail '{fitted.guard}': {shape}, benign floor {fitted.benign_floor:.3g}")
+    print(
+        f"{report.fitted_rows} rows fitted, {report.held_out_rows} rows of other prompts measured, {report.unscored} unscored\n"
+    )
+
+    def shown(figure: "Interval") -> str:
+        ends = "no interval" if figure.low is None else f"{figure.low:.3f} to {figure.high:.3f}"
+        return f"{figure.value:.3f} ({ends})"
+
+    figures = (("ECE", "ece", "0 is best"), ("Brier", "brier", "0 is best"), ("AUROC", "auroc", "1 is best"))
+    _columns(
+        ("FIGURE", "BEFORE", "AFTER", ""),
+        [(name, shown(getattr(report.before, f)), shown(getattr(report.after, f)), best) for name, f, best in figures],
+    )
+    benign = "no benign row" if report.benign_at_zero is None else f"{report.benign_at_zero:.1%} of the benign rows"
+    print(f"\nrisk 0 after: {benign}, {report.unsafe_at_zero:.1%} of the unsafe rows (95% intervals resample prompts)")
+    print(f"written: {done.files[0]}, {done.files[1]}")
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

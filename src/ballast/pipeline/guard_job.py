@@ -95,15 +95,15 @@ def _score_into(
         "cuts": job.cuts,
         "columns": dataclasses.asdict(job.columns),
     }
-    progress = open_progress(out, task)
-    left = [row for row in rows if row.line not in progress.scored]
-    if progress.scored:
-        _say(f"{len(progress.scored)} of {len(rows)} rows were scored before and are kept")
-    with appending(progress) as append:
+    before = open_progress(out, task)
+    left = [row for row in rows if row.line not in before.scored]
+    if before.scored:
+        _say(f"{len(before.scored)} of {len(rows)} rows were scored before and are kept")
+    with appending(before) as append:
         fresh = {row.line: row for row in _score(guard, left, cut, job.batch_size, append)}
-    scored = [fresh.get(row.line) or progress.scored[row.line] for row in rows]
+    scored = [fresh.get(row.line) or before.scored[row.line] for row in rows]
     _check_scored(guard, scored)
-    finish(out, progress, scored)
+    finish(out, before, scored)
     return scored
 
 
@@ -115,7 +115,7 @@ def _score(
     each: Callable[[Sequence[ScoredRow]], None],
 ) -> list[ScoredRow]:
     scored: list[ScoredRow] = []
-    with _progress(len(rows)) as advance:
+    with progress(len(rows)) as advance:
         for batch in score_rows(guard, rows, cut, batch_size):
             each(batch)
             scored += batch
@@ -132,8 +132,8 @@ def _check_scored(guard: Guardrail, scored: Sequence[ScoredRow]) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; silent outside a terminal."""
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of `total` rows on standard error, moved by the rows that are done; silent outside a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -16,13 +16,17 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns. A named id or category must be in every row; None takes `id`, `category` where they are."""
+    """Names of the columns.
+
+    A named id, category or label must be in every row; None takes `id` and `category` where they are, and no label.
+    """
 
     prompt: str = "prompt"
     messages: str = "messages"
     response: str = "response"
     id: str | None = None
     category: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,14 @@ class InputRow:
         id: what the file calls it, else the line.
         exchange: what to judge.
         category: the file's own category of it.
+        unsafe: its label, where one was asked for.
     """
 
     line: int
     id: str
     exchange: Exchange
     category: str | None
+    unsafe: bool | None = None
 
 
 def read_rows(source: str, columns: Columns) -> tuple[list[InputRow], str]:
@@ -129,7 +135,8 @@ def _row(record: dict[str, Any], number: int, name: str, columns: Columns) -> In
         )
     row_id = _label(record, columns.id, "id", "--id-column", where)
     category = _label(record, columns.category, "category", "--category-column", where)
-    return InputRow(number, row_id or str(number), Exchange(messages, response), category)
+    unsafe = _unsafe(record, columns.label, where) if columns.label else None
+    return InputRow(number, row_id or str(number), Exchange(messages, response), category, unsafe)
 
 
 def _messages(record: dict[str, Any], where: str, columns: Columns) -> tuple[Message, ...]:
@@ -163,6 +170,20 @@ def _label(record: dict[str, Any], column: str | None, default: str, option: str
         return None
     # A lone surrogate, which JSON can hold, fits into no file.
     return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _unsafe(record: dict[str, Any], column: str, where: str) -> bool:
+    if column not in record:
+        raise _missing(column, "--label-column", record, where)
+    value = record[column]
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        # The value may be text of the row, so only its kind is told.
+        shown = value if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+        raise DataError(
+            f"{where}: column '{column}' holds {shown}, not a label; write true or 1 for an unsafe response, false or 0 for a safe "
+            "one, or remove the row"
+        )
+    return bool(value)
 
 
 def _missing(column: str, option: str, record: dict[str, Any], where: str) -> DataError:
