@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ballast.pipeline.config import RunConfig
     from ballast.pipeline.run import run
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
+    from ballast.pipeline.training.sft import ShapedSFTTrainer
     from ballast.rewards.guard_reward import GuardReward
 
 __version__ = "0.1.0.dev0"
@@ -24,6 +25,7 @@ __all__ = [
     "RiskTrace",
     "RunConfig",
     "ShapedGRPOTrainer",
+    "ShapedSFTTrainer",
     "check_guardrail",
     "load_guardrail",
     "run",
@@ -36,6 +38,7 @@ _HOMES = {
     "RiskTrace": "ballast.guardrails.types",
     "RunConfig": "ballast.pipeline.config",
     "ShapedGRPOTrainer": "ballast.pipeline.training.grpo",
+    "ShapedSFTTrainer": "ballast.pipeline.training.sft",
     "check_guardrail": "ballast.guardrails.contract",
     "load_guardrail": "ballast.guardrails.registry",
     "run": "ballast.pipeline.run",
