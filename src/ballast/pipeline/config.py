@@ -32,6 +32,7 @@ from ballast.guardrails.registry import PluginOptions
 from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
 from ballast.pipeline.config_base import Component, LoraConfig, Names
+from ballast.pipeline.config_rewards import GuardRefusal, KeywordRefusal, RefusalConfig, TaskRewardConfig, check_names
 from ballast.pipeline.config_sft import SFTConfig
 from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig, refuse_wrong_options
 from ballast.pipeline.evaluation.suites import Kind
@@ -208,7 +209,9 @@ class RewardConfig(Component):
         1.0,
         description="with refusal_baseline=batch: how many answered harmful prompts a refused harmless one weighs as much as",
     )
+    refusal_by: RefusalConfig = Field(KeywordRefusal(), description="what says of an answer whether it declines")
     coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
+    task: tuple[TaskRewardConfig, ...] = Field((), description="rewards of a task: right answers, formats, functions")
     std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that a reward is divided by")
     star_std_floor: PositiveFloat = Field(
         0.1, description="the same for the star term, whose scores lie closer together; 0.05 is sharper, and noisier"
@@ -221,6 +224,11 @@ class RewardConfig(Component):
                 "rewards.refusal = 0 with rewards.star > 0 lets a policy win by refusing everything; "
                 "set rewards.refusal above 0, or rewards.star to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        check_names(self.task)
         return self
 
 
@@ -330,6 +338,8 @@ class RunConfig(Component):
     @model_validator(mode="after")
     def _judge_is_another_guard(self) -> Self:
         rewarding, measuring = deciding_guards(self.guard), deciding_guards(self.judge)
+        if isinstance(self.rewards.refusal_by, GuardRefusal):
+            rewarding |= deciding_guards(self.rewards.refusal_by.guard)
         shared = [kind for key, kind in measuring.items() if key in rewarding]
         if shared:
             what = _DECIDES.get(shared[0])
@@ -348,11 +358,11 @@ class RunConfig(Component):
     def _something_is_learnt(self) -> Self:
         rewards, shaping = self.rewards, self.shaping
         weights = (rewards.star, rewards.refusal, rewards.coherence, shaping.drop.weight, shaping.potential.weight)
-        if not any(weights) and not shaping.lagrangian.enabled and not self.train.reward_functions:
+        if not (any(weights) or shaping.lagrangian.enabled or rewards.task or self.train.reward_functions):
             raise ValueError(
                 "rewards.star, rewards.refusal, rewards.coherence, shaping.drop.weight and shaping.potential.weight are "
-                "all 0, shaping.lagrangian is off and there are no train.reward_functions, so every advantage would be "
-                "0; set one of the weights above 0"
+                "all 0, shaping.lagrangian is off and there are no rewards.task and no train.reward_functions, so every "
+                "advantage would be 0; set one of the weights above 0"
             )
         return self
 

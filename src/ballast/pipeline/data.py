@@ -4,12 +4,13 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ballast.errors import DataError
+from ballast.pipeline.data_columns import ColumnUse, check_columns, take
 from ballast.pipeline.evaluation.suites import KINDS, Kind, Suite, SuitePrompt
 
 if TYPE_CHECKING:
@@ -28,16 +29,25 @@ _SHOWN = 20  # characters of a wrong kind that an error repeats
 
 @dataclass(frozen=True)
 class Row:
-    """One request, with the answer to imitate where the source has one."""
+    """One request, with the answer to imitate where the source has one.
+
+    Attributes:
+        source: the file or data set that it is from.
+        columns: further columns that were asked for, for rewards; None where the source has nothing.
+    """
 
     id: str
     prompt: str
     kind: Kind
     category: str | None = None
     response: str | None = None
+    source: str = field(default="", compare=False)
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-def load_rows(sources: Sequence[str], split: Split, config: "DataConfig", answers: bool = False) -> list[Row]:
+def load_rows(
+    sources: Sequence[str], split: Split, config: "DataConfig", answers: bool = False, columns: Sequence[str] = ()
+) -> list[Row]:
     """Read sources in order.
 
     Args:
@@ -46,6 +56,7 @@ def load_rows(sources: Sequence[str], split: Split, config: "DataConfig", answer
         split: which half of the shipped rows.
         config: columns, and the kind of rows that do not say theirs.
         answers: whether each row must have an answer.
+        columns: further columns to keep.
 
     Raises:
         DataError: a source that is missing, empty, unreadable or named twice, that lacks a column, or a row
@@ -53,7 +64,8 @@ def load_rows(sources: Sequence[str], split: Split, config: "DataConfig", answer
     """
     rows: list[Row] = []
     for source in sources:
-        found = _shipped(source, split) if source.partition(":")[0] == "shipped" else _table(source, config, answers)
+        shipped = source.partition(":")[0] == "shipped"
+        found = _shipped(source, split, columns) if shipped else _table(source, config, answers, columns)
         if not found:
             raise DataError(f"data source '{source}' has no rows; give a file with at least one")
         rows += found
@@ -103,13 +115,19 @@ def _quota(sizes: dict[Kind, int], limit: int) -> dict[Kind, int]:
     return quota
 
 
-def training_rows(config: "DataConfig", seed: int) -> list[Row]:
+def training_rows(config: "DataConfig", seed: int, columns: Sequence[ColumnUse] = ()) -> list[Row]:
     """The training prompts, none of which is a test prompt.
 
+    Args:
+        config: sources and sizes.
+        seed: of the draw.
+        columns: further columns that the rows must bring.
+
     Raises:
-        DataError: as in `load_rows`, or a prompt that stands on both sides.
+        DataError: as in `load_rows` and `check_columns`, or a prompt that stands on both sides.
     """
-    train = load_rows(config.train, "train", config)
+    train = load_rows(config.train, "train", config, columns=[use.name for use in columns])
+    check_columns(train, columns)
     test = {normalise(row.prompt) for row in load_rows(config.test, "test", config)}
     shared = [row.id for row in train if normalise(row.prompt) in test]
     if shared:
@@ -154,7 +172,7 @@ def normalise(prompt: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split())
 
 
-def _shipped(source: str, split: Split) -> list[Row]:
+def _shipped(source: str, split: Split, columns: Sequence[str]) -> list[Row]:
     kinds = source.partition(":")[2].split(",") if ":" in source else list(KINDS)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -162,13 +180,13 @@ def _shipped(source: str, split: Split) -> list[Row]:
     lines = (resources.files("ballast.data") / "requests.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [
-        Row(r["id"], r["prompt"], r["kind"], r["category"], r["response"])
+        Row(r["id"], r["prompt"], r["kind"], r["category"], r["response"], source, take(r, columns))
         for r in records
         if r["split"] == split and r["kind"] in kinds
     ]
 
 
-def _table(source: str, config: "DataConfig", answers: bool) -> list[Row]:
+def _table(source: str, config: "DataConfig", answers: bool, further: Sequence[str]) -> list[Row]:
     table = _read(source)
     columns = list(table.column_names)
     needed = [("prompt_column", config.prompt_column)] + (
@@ -185,10 +203,12 @@ def _table(source: str, config: "DataConfig", answers: bool) -> list[Row]:
             f"data.kind to {', '.join(KINDS)} for all of its rows, or data.kind_column to one of {', '.join(columns)}"
         )
     name = Path(source).stem
-    return [_row(f"{name}-{i}", dict(record), source, config, answers) for i, record in enumerate(table)]
+    return [_row(f"{name}-{i}", dict(record), source, config, answers, further) for i, record in enumerate(table)]
 
 
-def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig", answers: bool) -> Row:
+def _row(
+    row_id: str, record: dict[str, Any], source: str, config: "DataConfig", answers: bool, further: Sequence[str]
+) -> Row:
     prompt, kind = record[config.prompt_column], record.get(config.kind_column, config.kind)
     if not isinstance(prompt, str) or not prompt.strip():
         # Named by its type: a list of messages would put their text into the terminal.
@@ -207,9 +227,8 @@ def _row(row_id: str, record: dict[str, Any], source: str, config: "DataConfig",
         raise DataError(
             f"data source '{source}', row {row_id}: column '{config.response_column}' holds no answer to imitate; remove or mend the row"
         )
-    return Row(
-        row_id, prompt, kind, str(category) if category else None, response if isinstance(response, str) else None
-    )
+    response = response if isinstance(response, str) else None
+    return Row(row_id, prompt, kind, str(category) if category else None, response, source, take(record, further))
 
 
 def _read(source: str) -> Any:

@@ -161,18 +161,32 @@ def _check_parts(context: RunContext, names: Sequence[str]) -> None:
 
     Raises:
         ConfigError: a guard or a reward function does not exist, or does not take its options.
+        DataError: a training row lacks the answer that a task reward compares with.
         GuardError: a plug-in cannot be loaded.
     """
-    from ballast.rewards.terms import load_reward_function
-
     read = {key for name in names for key in STAGES[name].reads}
     for part in ("guard", "judge"):
         if part in read:
             getattr(context, part)  # made, and kept, when it is asked for
     if "train" in names:
         _warn_of_licence(context)
-    for path in context.config.train.reward_functions if "train" in names else ():
+        if context.config.train.method == "grpo":
+            _check_rewards(context)
+
+
+def _check_rewards(context: RunContext) -> None:
+    """Reward functions can be imported, and every row has what they read."""
+    from ballast.pipeline.data import training_rows
+    from ballast.pipeline.task_rewards import columns_read, refusal_detector, task_rewards
+    from ballast.rewards.terms import load_reward_function
+
+    config = context.config
+    for path in config.train.reward_functions:
         load_reward_function(path)
+    task_rewards(config.rewards.task, tokenizer=None)
+    refusal_detector(config.rewards, config.train)
+    if columns := columns_read(config.rewards.task):
+        training_rows(config.data, config.seed, columns)
 
 
 def _warn_of_licence(context: RunContext) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from ballast.guardrails.asking import ask
 from ballast.guardrails.segments import SegmentOptions, cut_response, segment_of_tokens, token_char_ends
-from ballast.guardrails.types import Exchange, Guardrail, Message, RiskTrace
+from ballast.guardrails.types import Exchange, Guardrail, RiskTrace
+from ballast.rewards.conversation import as_messages
 from ballast.rewards.star import SegmentScores, clean_trace, segment_scores
 
 logger = logging.getLogger(__name__)
@@ -99,19 +100,13 @@ class GuardReward:
             texts.append(text)
             segments.append(tuple(segment_of_tokens(ends, cuts)))
             all_cuts.append((0, *cuts) if text else (0,))
-            exchanges.append(Exchange(_messages(prompt), text))
+            exchanges.append(Exchange(as_messages(prompt), text))
         traces = ask(self.guard, exchanges, all_cuts)
         scores = segment_scores(traces)
         clean_NK = clean_trace(scores.star_NK, scores.segment_mask_NK) if self.clean else scores.star_NK
         return ScoredBatch(
             tuple(texts), tuple(traces), tuple(segments), scores, clean_NK, time.perf_counter() - started
         )
-
-
-def _messages(prompt: Any) -> tuple[Message, ...]:
-    if isinstance(prompt, str):
-        return ({"role": "user", "content": prompt},)
-    return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in prompt)
 
 
 def _withhold_texts(record: logging.LogRecord) -> bool:

@@ -5,14 +5,18 @@ last stays in `last`, since TRL keeps only the sum.
 """
 
 import importlib
+import importlib.metadata
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ballast.errors import ConfigError, RewardError
+from ballast.errors import BallastError, ConfigError, RewardError
 from ballast.rewards.coherence import coherence
-from ballast.rewards.refusal import refusal_score
+from ballast.rewards.conversation import as_messages
+from ballast.rewards.refusal_guard import RefusalDetector, keyword_detector
+
+ENTRY_POINT_GROUP = "ballast.rewards"
 
 
 class RefusalReward:
@@ -24,22 +28,34 @@ class RefusalReward:
         tokenizer: the policy's tokenizer, which the completions are decoded with.
         over_refusal: how many answered harmful prompts one refused harmless prompt weighs as much as. Where the term
             is normalised in each group alone, which holds prompts of one kind, it makes no difference.
+        detector: says how much of a refusal an answer is; keywords by default. An answer of which it cannot say is one
+            that the term does not apply to.
     """
 
-    def __init__(self, tokenizer: Any, over_refusal: float = 1.0) -> None:
+    def __init__(self, tokenizer: Any, over_refusal: float = 1.0, detector: RefusalDetector = keyword_detector) -> None:
         self.tokenizer = tokenizer
         self.over_refusal = over_refusal
+        self.detector = detector
         self.__name__ = "refusal"
         self.last: list[float | None] = []
 
-    def __call__(self, completion_ids: Sequence[Sequence[int]], kind: Sequence[str], **_: Any) -> list[float | None]:
-        """Score a batch as TRL hands it over; `kind` is a column of the data set."""
-        degrees = [
-            refusal_score(text) for text in self.tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
-        ]
+    def __call__(
+        self,
+        completion_ids: Sequence[Sequence[int]],
+        kind: Sequence[str],
+        prompts: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """Score a batch as TRL hands it over; `kind` is a column of the data set.
+
+        Raises:
+            GuardError: the detector is a guard, and leaves too much unscored or cannot tell a refusal.
+        """
+        texts = self.tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
+        conversations = [as_messages(prompt) for prompt in prompts] if prompts is not None else [()] * len(texts)
         self.last = [
-            degree if k == "harmful" else 1.0 - self.over_refusal * degree
-            for degree, k in zip(degrees, kind, strict=True)
+            None if degree is None else degree if k == "harmful" else 1.0 - self.over_refusal * degree
+            for degree, k in zip(self.detector(conversations, texts), kind, strict=True)
         ]
         return self.last
 
@@ -151,23 +167,72 @@ def checked_terms(functions: Iterable[Any]) -> list[Any]:
     return terms
 
 
-def load_reward_function(path: str) -> CheckedReward:
+def load_reward_function(
+    path: str, name: str | None = None, not_on: Iterable[str] = ("harmful",), key: str = "train.reward_functions"
+) -> CheckedReward:
     """Import a user's reward function by `package.module:function`.
+
+    Args:
+        path: where it is.
+        name: what metrics and errors call it; None takes the function's own name.
+        not_on: kinds of prompts on which it does not apply.
+        key: the configuration's key that holds the path, for messages.
 
     Raises:
         ConfigError: the path has another form, or leads to nothing that can be called, or to an `async def`.
     """
     module_name, _, attribute = path.partition(":")
     if not attribute:
-        raise ConfigError(f"train.reward_functions: '{path}' is no import path; write package.module:function")
+        raise ConfigError(f"{key}: '{path}' is no import path; write package.module:function")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"train.reward_functions: '{path}' cannot be imported ({error}); check the name, and that it is on PYTHONPATH"
+            f"{key}: '{path}' cannot be imported ({error}); check the name, and that it is on PYTHONPATH"
         ) from error
     if not callable(function):
         raise ConfigError(
-            f"train.reward_functions: '{path}' is a {type(function).__name__}, not a function; name one that takes completions and returns numbers"
+            f"{key}: '{path}' is a {type(function).__name__}, not a function; name one that takes completions and returns numbers"
         )
-    return CheckedReward(function, attribute)
+    return CheckedReward(function, name or attribute, not_on)
+
+
+def load_reward_plugin(
+    plugin: str, options: Mapping[str, Any], name: str | None = None, not_on: Iterable[str] = ("harmful",)
+) -> CheckedReward:
+    """Make a reward function that an installed package brings by an entry point of the group `ballast.rewards`.
+
+    Whatever the entry point names is called with the options as keyword arguments and must return a reward function
+    in TRL's form.
+
+    Raises:
+        ConfigError: no such plug-in or two of one name, options that it does not take, or no function returned.
+        RewardError: its code fails when it is imported or called.
+    """
+    points = [p for p in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if p.name == plugin]
+    if len(points) != 1:
+        names = sorted(p.name for p in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+        known = f"installed are {', '.join(names)}" if names else "none is installed"
+        found = "several packages bring one of this name" if points else f"no such plug-in; {known}"
+        raise ConfigError(
+            f"reward '{plugin}': {found}; install the one package that brings it by an entry point of the group '{ENTRY_POINT_GROUP}'"
+        )
+    target = points[0].value
+    try:
+        function = points[0].load()(**options)
+    except BallastError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"reward '{plugin}': {target} does not take these options ({error}); see its documentation"
+        ) from error
+    except Exception as error:  # foreign code, which raises what it likes
+        raise RewardError(
+            f"reward '{plugin}': {target} could not be made ({type(error).__name__}: {error}); reinstall its package"
+        ) from error
+    if not callable(function):
+        raise ConfigError(
+            f"reward '{plugin}': {target} returned a {type(function).__name__}, not a function; its package must return "
+            "one that takes completions and returns numbers"
+        )
+    return CheckedReward(function, name or plugin, not_on)

@@ -19,6 +19,7 @@ from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, interleave, training_rows
 from ballast.pipeline.model_record import check_record
 from ballast.pipeline.stages.align import peft_config, quiet
+from ballast.pipeline.task_rewards import columns_read, refusal_detector, task_rewards
 
 
 def run_stage(context: RunContext, folder: Path) -> None:
@@ -38,7 +39,10 @@ def run_stage(context: RunContext, folder: Path) -> None:
     check_record(Path(context.reference_model), context.prompt_format)
     rows = training_prompts(context)
     dataset = Dataset.from_list(
-        [{"prompt": context.prompt_format.messages(r.prompt), "kind": r.kind, "prompt_id": r.id} for r in rows]
+        [
+            {"prompt": context.prompt_format.messages(r.prompt), "kind": r.kind, "prompt_id": r.id, **r.columns}
+            for r in rows
+        ]
     )
     user_rewards = [load_reward_function(path) for path in config.train.reward_functions]
     table = CompletionsTable(folder / "completions")
@@ -50,8 +54,9 @@ def run_stage(context: RunContext, folder: Path) -> None:
             args=grpo_arguments(config, folder / "trainer", n_user_rewards=len(user_rewards)),
             guard_reward=GuardReward(context.guard, tokenizer, config.segments, config.shaping.clean_trace),
             reward_funcs=[
-                RefusalReward(tokenizer, config.rewards.over_refusal),
+                RefusalReward(tokenizer, config.rewards.over_refusal, refusal_detector(config.rewards, config.train)),
                 CoherenceReward(tokenizer),
+                *task_rewards(config.rewards.task, tokenizer),
                 *user_rewards,
             ],
             shaping=config.shaping,
@@ -92,7 +97,7 @@ def training_prompts(context: RunContext) -> list[Row]:
         DataError: too few prompts, one that is measured on too, or one that cannot be given to the model.
     """
     config, needed = context.config, context.config.train.prompts_per_step
-    rows = interleave(training_rows(config.data, config.seed), config.seed)
+    rows = interleave(training_rows(config.data, config.seed, columns_read(config.rewards.task)), config.seed)
     if len(rows) < needed:
         raise DataError(
             f"{len(rows)} training prompts are fewer than train.prompts_per_step = {needed}, so not one step could be made; "
@@ -139,7 +144,11 @@ def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> 
         loss_type=settings.loss_type,
         # cispo clips the ratio itself from above; the default meant for the others would cap it at 0.2.
         epsilon_high=5.0 if settings.loss_type == "cispo" else None,
-        reward_weights=[config.rewards.star, config.rewards.refusal, config.rewards.coherence, *[1.0] * n_user_rewards],
+        reward_weights=[
+            *(config.rewards.star, config.rewards.refusal, config.rewards.coherence),
+            *(term.weight for term in config.rewards.task),
+            *[1.0] * n_user_rewards,
+        ],
         use_vllm=isinstance(config.generation, VLLMGeneration),
         vllm_mode="colocate",
         vllm_importance_sampling_correction=settings.importance_sampling,
