@@ -24,7 +24,7 @@ STAGES = {
     "align": "Warm start: LoRA SFT on answers, merged into a model folder.",
     "rollout": "Write completions of the training prompts to a table.",
     "score": "Let the guard score that table, segment by segment.",
-    "train": "GRPO with shaped advantages.",
+    "train": "GRPO with shaped advantages, or shaped SFT.",
     "evaluate": "Measure the tuned model as the start model was measured.",
     "report": "Write the run's tables and figures.",
 }
@@ -103,10 +103,8 @@ def _execute(path: str, overrides: list[str] | None, stages: list[str] | None, d
     from ballast.pipeline import run
 
     if dry_run:
-        planned = [
-            name for name, stage in run.STAGES.items() if stage.in_run and (name != "align" or config.align.enabled)
-        ]
-        print(f"# {config_hash(config)[:12]}  stages: {' '.join(stages or planned)}\n{dump_config(config)}", end="")
+        names = stages or run.planned(config)
+        print(f"# {config_hash(config)[:12]}  stages: {' '.join(names)}\n{dump_config(config)}", end="")
     else:
         run.run(config, stages=stages, resume=resume)
 

@@ -7,7 +7,7 @@ The loss of a target token t in segment k is
 with s_k = STAR of the segment and w_t the weight that the chosen loss gives (`training/sft_losses.py`).
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -99,6 +99,17 @@ class SFTConfig(Component):
     micro_batch_size: PositiveInt = Field(8, description="rows per forward and backward pass")
     max_length: PositiveInt = Field(512, description="tokens of prompt and answer; longer rows are cut")
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_the_weights(cls, data: Any) -> Any:
+        lost = [key for key in ("packing", "padding_free") if isinstance(data, dict) and data.get(key)]
+        if lost:
+            raise ValueError(
+                f"sft.{lost[0]} = {data[lost[0]]!r} is refused: it joins rows and leaves the weight of every token behind; take the key "
+                "out, and raise sft.micro_batch_size for speed"
+            )
+        return data
 
     @model_validator(mode="after")
     def _batch_splits_evenly(self) -> Self:

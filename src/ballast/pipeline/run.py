@@ -7,7 +7,7 @@ another configuration or from other data, a guard or a reward function that does
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -30,6 +30,7 @@ class Stage:
         data: keys of the data sources that it reads, as `section.key`.
         in_run: whether `ballast run` runs it without being asked.
         repeats: whether it is done again where it is done: it is instant, and shows its result.
+        module: module of `stages/`; None is the one of the stage's name.
     """
 
     needs: tuple[str, ...]
@@ -37,13 +38,14 @@ class Stage:
     data: tuple[str, ...] = ()
     in_run: bool = True
     repeats: bool = False
+    module: str | None = None
 
 
 _POLICY = ("seed", "model", "prompting", "data")
 _MEASURED = (*_POLICY, "generation", "guard", "judge", "segments", "shaping", "rewards", "evaluate")
 _TRAINING = ("data.train", "data.test")  # the test prompts too: none may be trained on
 
-# In the order in which they run. Each is the module of that name in `stages/`.
+# In the order in which they run. Each is the module of that name in `stages/`; SFT takes `train_sft` for `train`.
 STAGES: dict[str, Stage] = {
     "baseline": Stage(needs=(), reads=_MEASURED, data=("data.test",)),
     "align": Stage(needs=(), reads=(*_POLICY, "align"), data=("align.data", "data.test")),
@@ -66,7 +68,7 @@ def run(
 ) -> RunContext:
     """Run stages of a configuration, in order, in this process.
 
-    A finished stage is not done again, `report` excepted. Without `stages`, all that a GRPO run consists of.
+    A finished stage is not done again, `report` excepted. Without `stages`, all that a run consists of.
 
     Args:
         config: the run.
@@ -99,17 +101,44 @@ def run(
     return context
 
 
+def stage_of(config: RunConfig, name: str) -> Stage:
+    """A stage as this configuration has it: without `align` where that is off, and with what SFT reads and needs."""
+    stage = STAGES[name]
+    needs = tuple(need for need in stage.needs if need != "align" or config.align.enabled)
+    stage = replace(stage, needs=needs, in_run=stage.in_run and (name != "align" or config.align.enabled))
+    if config.train.method != "sft":
+        return stage
+    rollouts = config.sft.rows == "rollouts"
+    match name:
+        case "rollout" | "score":
+            return replace(stage, in_run=rollouts)
+        case "train" if rollouts:
+            return replace(stage, needs=(*needs, "score"), reads=(*stage.reads, "sft"), module="train_sft")
+        case "train":
+            return replace(stage, reads=(*stage.reads, "sft"), data=("sft.data", "data.test"), module="train_sft")
+        case "evaluate":
+            return replace(stage, reads=(*stage.reads, "sft"))
+        case _:
+            return stage
+
+
+def planned(config: RunConfig) -> list[str]:
+    """The stages of a whole run, in order."""
+    return [name for name in STAGES if stage_of(config, name).in_run]
+
+
 def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """The part of a configuration that a stage's result depends on."""
     everything: dict[str, Any] = json.loads(config.model_dump_json())
-    return {key: everything[key] for key in STAGES[name].reads}
+    return {key: everything[key] for key in stage_of(config, name).reads}
 
 
 def stage_inputs(context: RunContext, name: str) -> dict[str, str]:
     """Digests of the finished stages and the data files that a stage reads, as far as they are there."""
     config, folder = context.config, context.folder
-    digests = {need: folder.digest(need) for need in _needs(config, name) if folder.has(need)}
-    for key in STAGES[name].data:
+    stage = stage_of(config, name)
+    digests = {need: folder.digest(need) for need in stage.needs if folder.has(need)}
+    for key in stage.data:
         section, _, field = key.partition(".")
         digests |= file_digests(getattr(getattr(config, section), field))
     return digests
@@ -118,17 +147,13 @@ def stage_inputs(context: RunContext, name: str) -> dict[str, str]:
 def _planned(config: RunConfig, stages: Sequence[str] | None) -> list[str]:
     """The stages of a call, in its order."""
     if stages is None:
-        return [n for n, stage in STAGES.items() if stage.in_run and (n != "align" or config.align.enabled)]
+        return planned(config)
     for name in stages:
         if name not in STAGES:
             raise ConfigError(f"no stage '{name}'; there are {', '.join(STAGES)}")
         if name == "align" and not config.align.enabled:
             raise ConfigError("stage 'align' is switched off (align.enabled = false); set align.enabled=true to run it")
     return list(stages)
-
-
-def _needs(config: RunConfig, name: str) -> list[str]:
-    return [need for need in STAGES[name].needs if need != "align" or config.align.enabled]
 
 
 def _kept(context: RunContext, name: str) -> bool:
@@ -144,12 +169,12 @@ def _check_stage(context: RunContext, name: str, coming: Sequence[str] = ()) -> 
         DataError: a stage that it needs is not done.
     """
     folder = context.folder
-    missing = [need for need in _needs(context.config, name) if not folder.has(need) and need not in coming]
+    missing = [need for need in stage_of(context.config, name).needs if not folder.has(need) and need not in coming]
     if missing and not _kept(context, name):
         raise DataError(
             f"stage '{name}' needs stage '{missing[0]}', which is not done in '{folder.path}'; run `ballast {missing[0]} CONFIG` first"
         )
-    for need in _needs(context.config, name):
+    for need in stage_of(context.config, name).needs:
         if folder.has(need):
             _check_stage(context, need, coming)
     if _kept(context, name):
@@ -207,7 +232,7 @@ def _run_stage(context: RunContext, name: str) -> None:
         context.say(f"[dim]{name}: done before, kept[/]")
         return
     context.say(f"[bold]{name}[/]")
-    module = importlib.import_module(f"ballast.pipeline.stages.{name}")
+    module = importlib.import_module(f"ballast.pipeline.stages.{stage_of(context.config, name).module or name}")
     with folder.writing(name, stage_settings(context.config, name), stage_inputs(context, name)) as scratch:
         module.run_stage(context, scratch)
     seconds = folder.record(name)["seconds"]

@@ -297,6 +297,18 @@ def test_a_new_adapter_is_switched_off_and_back_on(tmp_path: Path, tiny_model: A
     assert torch.equal(dense_log_probs(model, one_batch(trainer)), before)
 
 
+@pytest.mark.parametrize("loss", [FaithfulLoss(), CorrectedLoss()], ids=lambda loss: loss.type)
+def test_the_reference_is_computed_in_the_precision_of_training(
+    tmp_path: Path, tiny_model: Any, tokenizer: Any, loss: Any
+) -> None:
+    # Before the first update policy and reference are one; a reference in fp32 beside a policy in bf16 would differ.
+    trainer = shaped(
+        tmp_path, tiny_model, tokenizer, loss, dataset(varied), peft_config=lora(), args={"bf16": True, "max_steps": 1}
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["sft/kl"] == pytest.approx(0.0, abs=1e-7)
+
+
 def test_an_adapter_that_begins_as_a_change_is_refused_as_its_own_reference(
     tmp_path: Path, tiny_model: Any, tokenizer: Any
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.errors import DataError
-from ballast.pipeline.config import LoraConfig
+from ballast.pipeline.config import LoraConfig, RunConfig
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, draw, load_rows, normalise
 from ballast.pipeline.prompting import PromptFormat
@@ -71,20 +71,31 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
 
 def alignment_rows(context: RunContext) -> list[Row]:
+    """The rows of this stage; see `rows_with_answers`."""
+    config = context.config
+    return rows_with_answers(config, config.align.data, "align.data", config.align.max_rows)
+
+
+def rows_with_answers(config: RunConfig, sources: Sequence[str], key: str, max_rows: int | None) -> list[Row]:
     """Rows with answers, none of whose prompts is a test prompt.
+
+    Args:
+        config: the run.
+        sources: where the rows come from.
+        key: key of the configuration that names the sources, for errors.
+        max_rows: at most this many, drawn by the run's seed; None takes all.
 
     Raises:
         DataError: no source, no answer, or a prompt that is measured on too.
     """
-    config = context.config
-    rows = load_rows(config.align.data, "train", config.data, answers=True)
+    rows = load_rows(sources, "train", config.data, answers=True)
     test = {normalise(row.prompt) for row in load_rows(config.data.test, "test", config.data)}
     shared = [row.id for row in rows if normalise(row.prompt) in test]
     if shared:
         raise DataError(
-            f"{len(shared)} of {len(rows)} rows of align.data are test prompts too (first: row {shared[0]}); choose other sources for align.data or data.test"
+            f"{len(shared)} of {len(rows)} rows of {key} are test prompts too (first: row {shared[0]}); choose other sources for {key} or data.test"
         )
-    return draw(rows, config.align.max_rows, config.seed)
+    return draw(rows, max_rows, config.seed)
 
 
 def rehearsed_answers(context: RunContext, rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:

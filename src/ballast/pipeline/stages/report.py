@@ -24,7 +24,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     sources = {"start": context.folder.stage("baseline") / "start"}
     if config.align.enabled:
         sources["after align"] = evaluated / "aligned"
-    sources["after GRPO"] = evaluated / "final"
+    sources[f"after {config.train.method.upper()}"] = evaluated / "final"
     rows = [
         (label, EvaluationSummary.from_json(path.with_suffix(".json").read_text())) for label, path in sources.items()
     ]

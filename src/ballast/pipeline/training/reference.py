@@ -33,11 +33,13 @@ class Reference:
     Args:
         model: the reference's own model, or the policy's.
         adapter_off: switch the adapter of `model` off meanwhile.
+        precision: the autocast of the training; another precision would be a KL of its own.
     """
 
-    def __init__(self, model: Any, adapter_off: bool = False) -> None:
+    def __init__(self, model: Any, adapter_off: bool = False, precision: Callable[[], Any] = nullcontext) -> None:
         self.model = model
         self.adapter_off = adapter_off
+        self.precision = precision
 
     def log_probs(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, T - 1) log-prob of every label, 0 where the label is ignored.
@@ -65,7 +67,8 @@ class Reference:
         training = self.model.training
         self.model.eval()  # no dropout, and so no random numbers used up
         try:
-            with torch.no_grad(), self.model.disable_adapter() if self.adapter_off else nullcontext():
+            off = self.model.disable_adapter() if self.adapter_off else nullcontext()
+            with torch.no_grad(), self.precision(), off:
                 yield
         finally:
             self.model.train(training)

@@ -125,23 +125,22 @@ class ShapedSFTTrainer(SFTTrainer):
         if given is not None:
             given = given.eval().requires_grad_(False).to(self.accelerator.device)
             add_fused_lm_head(base_model(given))
-            return Reference(given)
+            return Reference(given, precision=self.accelerator.autocast)
         if not hasattr(self.model, "peft_config") or not adapter_is_new(self.model):
             raise ConfigError(
                 "the adapter changes the model from its first step on (init_lora_weights, or one that is no LoRA), so switching it "
                 "off gives another model than the one that training starts from; take init_lora_weights=True, or give "
                 "`reference` a frozen copy"
             )
-        return Reference(self.model, adapter_off=True)
+        return Reference(self.model, adapter_off=True, precision=self.accelerator.autocast)
 
     def _cache_reference(self, given: Any, progress: Callable[[int], None] | None) -> None:
-        reference = Reference(self.model) if given is None else self._find_reference(given)
+        own = Reference(self.model, precision=self.accelerator.autocast)
+        reference = own if given is None else self._find_reference(given)
         collate = self.data_collator
 
         def log_probs(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            moved = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            with self.compute_loss_context_manager():  # the precision of training
-                return reference.log_probs(moved)
+            return reference.log_probs({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
 
         def cached(dataset: Any) -> Any:
             rows = self.args.per_device_train_batch_size
