@@ -24,6 +24,21 @@ def test_the_loss_takes_advantages_per_token_and_a_second_mask() -> None:
     assert 'completion_mask * inputs["tool_mask"]' in source
 
 
+def test_rewards_are_calculated_in_one_method_and_asynchronous_ones_last() -> None:
+    method = GRPOTrainer._calculate_rewards
+    assert parameters(method) == ["self", "inputs", "prompts", "completions", "completion_ids_list"]
+    source = inspect.getsource(method)
+    assert source.index("output_reward_func = reward_func(") < source.index("asyncio.gather(")
+    assert "rewards_per_func = gather(rewards_per_func)" in source
+    scoring = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "unscorable_mask = torch.isnan(rewards_per_func).all(dim=1)" in scoring
+
+
+def test_log_probs_of_tokens_come_from_one_method() -> None:
+    names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert names[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+
+
 def test_prompts_are_tokenised_in_one_method_that_returns_three_things() -> None:
     assert parameters(GRPOTrainer._tokenize_prompts) == ["self", "prompts"]
     assert "return prompt_ids, images, multimodal_fields" in inspect.getsource(GRPOTrainer._tokenize_prompts)

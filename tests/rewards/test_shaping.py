@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ballast.rewards.advantages import group_std, group_zscore, sum_of_zscores
-from ballast.rewards.shaping import drop_advantage, drop_scale, drops, gate
+from ballast.rewards.shaping import drop, drops, gate, group_scale
 
 ALL = torch.ones(4, dtype=torch.bool)
 
@@ -30,20 +30,20 @@ def test_segments_beyond_the_end_have_no_fall() -> None:
 def test_drop_is_scaled_by_the_groups_spread_and_not_centred() -> None:
     # sums .4, 0, 0, 0: mean .1, variance (.09 + 3 * .01) / 3 = .04, std .2; A = -1 * .4 / .2 = -2, the others 0
     total = torch.tensor([0.4, 0.0, 0.0, 0.0])
-    scale = drop_scale(total, ALL, 4, std_floor=0.1)
-    torch.testing.assert_close(drop_advantage(total[:, None], scale, 1.0)[:, 0], torch.tensor([-2.0, 0, 0, 0]))
+    scale = group_scale(total, ALL, 4, std_floor=0.1)
+    torch.testing.assert_close(drop(total[:, None], scale, 1.0)[:, 0], torch.tensor([-2.0, 0, 0, 0]))
 
 
 def test_the_floor_keeps_a_small_spread_from_becoming_a_strong_signal() -> None:
     total = torch.tensor([0.01, 0.0, 0.0, 0.0])  # std .005, floored at .1: -.1
-    scale = drop_scale(total, ALL, 4, std_floor=0.1)
-    assert drop_advantage(total[:, None], scale, 1.0)[0, 0].item() == pytest.approx(-0.1)
+    scale = group_scale(total, ALL, 4, std_floor=0.1)
+    assert drop(total[:, None], scale, 1.0)[0, 0].item() == pytest.approx(-0.1)
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4), st.floats(0, 5))
 def test_drop_never_praises(values: list[float], weight: float) -> None:
     total = torch.tensor(values)
-    assert (drop_advantage(total[:, None], drop_scale(total, ALL, 4, 0.1), weight) <= 0).all()
+    assert (drop(total[:, None], group_scale(total, ALL, 4, 0.1), weight) <= 0).all()
 
 
 def test_gate_lets_praise_through_only_as_far_as_the_text_is_safe() -> None:

@@ -26,6 +26,11 @@ def group_std(value_N: torch.Tensor, valid_N: torch.Tensor, group_size: int) -> 
     return variance_P.sqrt().repeat_interleave(group_size)
 
 
+def enough_to_compare(valid_N: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(N,) True in groups with at least two valid rows; of fewer, none is better than another."""
+    return (valid_N.view(-1, group_size).sum(dim=1) >= 2).repeat_interleave(group_size)
+
+
 def group_zscore(value_N: torch.Tensor, scored_N: torch.Tensor, group_size: int, std_floor: float) -> torch.Tensor:
     """Z(x) = (x - group mean) / max(group std, floor).
 
@@ -44,8 +49,7 @@ def group_zscore(value_N: torch.Tensor, scored_N: torch.Tensor, group_size: int,
     z_N = (value_N - group_mean(value_N, valid_N, group_size)) / group_std(value_N, valid_N, group_size).clamp(
         min=std_floor
     )
-    enough_N = (valid_N.view(-1, group_size).sum(dim=1) >= 2).repeat_interleave(group_size)
-    return z_N.masked_fill(~(valid_N & enough_N), 0.0)
+    return z_N.masked_fill(~(valid_N & enough_to_compare(valid_N, group_size)), 0.0)
 
 
 def sum_of_zscores(
@@ -53,17 +57,19 @@ def sum_of_zscores(
     weight_R: torch.Tensor,
     scored_N: torch.Tensor,
     group_size: int,
-    std_floor: float,
+    std_floor: float | Sequence[float],
     over_batch: Sequence[int] = (),
 ) -> torch.Tensor:
     """(N,) sum over terms of weight * Z(term). Summing raw rewards first would let spreads reweigh the terms.
 
     Args:
+        std_floor: smallest spread that a term is divided by, one for all terms or one a term.
         over_batch: columns whose statistics are those of all N rows. Such a term still presses where a whole group
             gets the same reward, at the price of comparing prompts with one another.
     """
+    floor_R = [std_floor] * reward_NR.size(1) if isinstance(std_floor, float | int) else list(std_floor)
     z_RN = [
-        group_zscore(reward_N, scored_N, len(reward_N) if column in over_batch else group_size, std_floor)
-        for column, reward_N in enumerate(reward_NR.unbind(dim=1))
+        group_zscore(reward_N, scored_N, len(reward_N) if column in over_batch else group_size, floor)
+        for column, (reward_N, floor) in enumerate(zip(reward_NR.unbind(dim=1), floor_R, strict=True))
     ]
     return (torch.stack(z_RN, dim=1) * weight_R).sum(dim=1)

@@ -18,7 +18,9 @@ def record(step, traces, refusal):
     advantage_NT = torch.tensor([[0.5, 0.0]] * len(traces))  # the second column is padding
     ids = [[7]] * len(traces)
     kinds = ["harmful"] * len(traces)
-    return StepRecord(step, [conversation] * len(traces), kinds, scored, {"refusal": refusal}, advantage_NT, ids)
+    in_loss_NT = torch.tensor([[True, False]] * len(traces))
+    conversations = [conversation] * len(traces)
+    return StepRecord(step, conversations, kinds, scored, {"refusal": refusal}, advantage_NT, ids, in_loss_NT)
 
 
 def test_steps_with_and_without_unscored_rows_are_one_table(tmp_path):
@@ -35,3 +37,4 @@ def test_steps_with_and_without_unscored_rows_are_one_table(tmp_path):
     assert [row["risk"] for row in rows[1:3]] == [[0.25, 0.5], [None, None]]
     assert {row["prompt"] for row in rows} == {"Hello"}
     assert {tuple(row["advantages"]) for row in rows} == {(0.5,)}  # a value a token, and none for padding
+    assert {row["tokens_in_loss"] for row in rows} == {1}

@@ -62,6 +62,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
             shaping=config.shaping,
             over_batch=("refusal",) if config.rewards.refusal_baseline == "batch" else (),
             std_floor=config.rewards.std_floor,
+            star_std_floor=config.rewards.star_std_floor,
             max_unscored_share=config.train.max_unscored_share,
             prompt_format=context.prompt_format,
             on_batch=table.write,

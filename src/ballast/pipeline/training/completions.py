@@ -17,6 +17,7 @@ _COLUMNS = {
     "completion": pa.string(),
     "token_ids": pa.list_(pa.int64()),
     "advantages": pa.list_(pa.float64()),
+    "tokens_in_loss": pa.int64(),
     "cuts": pa.list_(pa.int64()),
     "risk": pa.list_(pa.float64()),
     "unscored_reason": pa.string(),
@@ -26,8 +27,9 @@ _COLUMNS = {
 class CompletionsTable:
     """Writes `step-00012.parquet` files into a folder. Nothing of it is ever logged or pushed anywhere.
 
-    Columns: step, kind, prompt (the last user message), completion, token_ids, advantages (one a token), cuts,
-    risk (one a cut; null where unscored), unscored_reason, and `reward_NAME` for every term.
+    Columns: step, kind, prompt (the last user message), completion, token_ids, advantages (one a token),
+    tokens_in_loss (fewer than the tokens after an early stop, 0 where unscored), cuts, risk (one a cut; null where
+    unscored), unscored_reason, and `reward_NAME` for every term.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,6 +50,7 @@ class CompletionsTable:
                 "completion": scored.texts[n],
                 "token_ids": list(record.completion_ids[n]),
                 "advantages": record.advantage_NT[n, : len(record.completion_ids[n])].tolist(),
+                "tokens_in_loss": int(record.in_loss_NT[n].sum()),
                 "cuts": list(scored.traces[n].cuts),
                 "risk": list(scored.traces[n].risk),
                 "unscored_reason": scored.traces[n].reason,

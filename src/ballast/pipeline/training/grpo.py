@@ -1,8 +1,9 @@
 """GRPO with per-token advantages from a guardrail: TRL's trainer, its loss, and our signal.
 
-Read against TRL 1.16. Two hooks are overridden and nothing is copied:
+Read against TRL 1.16. Three hooks are overridden and nothing is copied:
 
 * `_generate_and_score_completions`: TRL's own, after which `(N,)` advantages become `(N, T)`;
+* `_calculate_rewards`: TRL's own, while the guard works in a thread; unscored rows then leave TRL's statistics;
 * `_tokenize_prompts`: special tokens in a prompt's text stay text.
 
 A contract test fails when upstream moves them (`tests/pipeline/test_trl_seams.py`).
@@ -11,25 +12,32 @@ A contract test fails when upstream moves them (`tests/pipeline/test_trl_seams.p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from ballast.errors import ConfigError, GuardError
+from ballast.errors import GuardError
 from ballast.pipeline.config import ShapingConfig
 from ballast.pipeline.prompting import PromptFormat
-from ballast.pipeline.training.step_metrics import group_metrics, reward_metrics, row_mean, signal_metrics
+from ballast.pipeline.training.kl_reference import check_reference, log_ratio_to_reference
+from ballast.pipeline.training.options import check_options
+from ballast.pipeline.training.overlap import OverlappedGuard
+from ballast.pipeline.training.shaped_advantages import shaped_advantages, violation_rate
+from ballast.pipeline.training.step_metrics import NAN, group_metrics, reward_metrics, row_mean, signal_metrics
 from ballast.rewards.advantages import sum_of_zscores
+from ballast.rewards.dual import DualVariable
+from ballast.rewards.early_stop import stopped_early, tokens_in_loss
 from ballast.rewards.guard_reward import GuardReward, ScoredBatch
 from ballast.rewards.outage import stop_above_limit
-from ballast.rewards.shaping import drop_advantage, drop_scale, drops, gate
+from ballast.rewards.shaping import before, token_kl
 from ballast.rewards.star import pad_segments, spread_to_tokens
 from ballast.rewards.terms import checked_terms
 
 DEFAULT_SHAPING = ShapingConfig()
 _OVER_ROWS = ("grpo", "sapo", "dr_grpo")  # losses of TRL's that divide by the number of rows
+_DUAL = "ballast_lagrangian"  # where the trainer's state, and so every checkpoint, keeps the dual variable
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class StepRecord:
         rewards: term name to (N,) values, None where a term does not apply.
         advantage_NT: what the loss got; 0 at padding.
         completion_ids: (N, T_n) sampled tokens.
+        in_loss_NT: False at padding, in unscored rows, and after an early stop.
     """
 
     step: int
@@ -53,6 +62,7 @@ class StepRecord:
     rewards: dict[str, list[float | None]]
     advantage_NT: torch.Tensor
     completion_ids: Sequence[Sequence[int]]
+    in_loss_NT: torch.Tensor
 
 
 class ShapedGRPOTrainer(GRPOTrainer):
@@ -63,12 +73,12 @@ class ShapedGRPOTrainer(GRPOTrainer):
         reward_funcs: further terms: `RefusalReward`, `CoherenceReward`, and callables of TRL's form, each under a
             name of its own; the latter become a `CheckedReward`, which does not apply to `harmful` prompts.
         shaping: which shaping terms apply, and how strongly; None leaves TRL's own advantages, the same at every
-            token of a completion. In a batch with unscored completions TRL would count them into the baseline with
-            whatever the other terms gave them; there the sum of our z-scores takes their place.
+            token of a completion.
         star_on: kinds of prompts whose reward includes the guard's STAR; on others the STAR only gates and
             charges drops. With `shaping=None` the STAR counts on every kind, as in TRL's own sum.
         over_batch: names of terms that are normalised over the whole batch instead of each group.
         std_floor: smallest spread that a reward is divided by.
+        star_std_floor: the same for the guard's STAR; None takes `std_floor`.
         max_unscored_share: share of unscored completions of a batch above which the run stops.
         prompt_format: encodes prompts; None leaves it to TRL.
         on_batch: called with a `StepRecord` after every scored batch.
@@ -76,7 +86,8 @@ class ShapedGRPOTrainer(GRPOTrainer):
         **kwargs: as for `GRPOTrainer`.
 
     Raises:
-        ConfigError: an option of TRL's that is wrong with per-token advantages, or what `checked_terms` refuses.
+        ConfigError: an option of TRL's that is wrong with per-token advantages, what `checked_terms` refuses, or a
+            per-token KL without an adapter whose absence is the reference.
     """
 
     def __init__(
@@ -89,27 +100,41 @@ class ShapedGRPOTrainer(GRPOTrainer):
         star_on: Sequence[str] = ("harmful",),
         over_batch: Sequence[str] = (),
         std_floor: float = 0.1,
+        star_std_floor: float | None = None,
         max_unscored_share: float = 0.25,
         prompt_format: PromptFormat | None = None,
         on_batch: Callable[[StepRecord], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_options(args)
+        check_options(args, shaping)
+        if shaping is not None and shaping.kl.weight > 0:
+            check_reference(kwargs.get("model"))
         self.guard_reward = guard_reward
+        self._guard = OverlappedGuard(guard_reward)
         self.terms = [guard_reward, *checked_terms(reward_funcs)]
         self.shaping = shaping
         self.star_on = frozenset(star_on)
         self.over_batch = [n for n, term in enumerate(self.terms) if term.__name__ in over_batch]
-        self.std_floor = std_floor
+        floor = std_floor if star_std_floor is None else star_std_floor
+        self.std_floors = [floor, *[std_floor] * (len(self.terms) - 1)]
         self.max_unscored_share = max_unscored_share
         self.prompt_format = prompt_format
         self.on_batch = on_batch
-        super().__init__(reward_funcs=list(self.terms), args=args, **kwargs)
+        super().__init__(reward_funcs=[self._guard, *self.terms[1:]], args=args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         if self.prompt_format is None or isinstance(prompts[0], str):
             return super()._tokenize_prompts(prompts)
         return [self.prompt_format.encode(prompt) for prompt in prompts], None, {}
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
+        with self._guard.scoring(prompts, completion_ids_list):
+            reward_NR: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        # TRL sums over the terms that did answer; only a row without any is left out of its baseline and its means.
+        reward_NR[reward_NR[:, 0].isnan()] = float("nan")
+        return reward_NR
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -118,27 +143,35 @@ class ShapedGRPOTrainer(GRPOTrainer):
             raise GuardError("the guard's scores do not belong to this batch; use one GuardReward for one trainer only")
         scored_all_N = self._gather(scored.scores.scored_N)
         self._stop_above_limit(scored, scored_all_N)
+        if self.shaping is not None and self.shaping.early_stop.enabled:
+            scored = stopped_early(scored, self.shaping.early_stop.tau)
         kinds = [row.get("kind") for row in inputs]
         rewards = self._rewards(scored, kinds)
         missing = float("nan")
         reward_NR = torch.tensor([[missing if v is None else v for v in column] for column in rewards.values()]).T
         reward_all_NR = self._gather(reward_NR)
-        segment_NT = pad_segments(scored.segments, output["completion_ids"].size(1))
-        if self.shaping is None and scored_all_N.all():
+        token_NT = pad_segments(scored.segments, output["completion_ids"].size(1))
+        in_loss_NT = tokens_in_loss(scored, token_NT)
+        segment_NT = token_NT.masked_fill(~in_loss_NT, -1)
+        if self.shaping is None:
             advantage_NT = output["advantages"].cpu()[:, None].masked_fill(segment_NT < 0, 0.0)
         else:
-            advantage_NT = self._advantages(scored, reward_all_NR, segment_NT, scored_all_N)
-        if not scored_all_N.all():
-            advantage_NT = advantage_NT * self._leave_out_unscored(output, scored, scored_all_N)
+            advantage_NT = self._advantages(self.shaping, scored, reward_all_NR, segment_NT, scored_all_N)
+            if self.shaping.kl.weight > 0:
+                advantage_NT = advantage_NT + self._kl_advantage(self.shaping, scored, output, segment_NT)
+        if self._gather((in_loss_NT != (token_NT >= 0)).any().view(1)).any():
+            self._leave_out(output, in_loss_NT)
+            advantage_NT = advantage_NT * self._row_scale(scored_all_N)
         output["advantages"] = advantage_NT.to(output["completion_ids"].device)
-        self._report(scored, reward_all_NR, scored_all_N, (advantage_NT, segment_NT))
+        self._report(scored, reward_all_NR, scored_all_N, (advantage_NT, segment_NT, token_NT))
         if self.on_batch is not None and self.model.training:
             ids = [
                 row[keep].tolist()
                 for row, keep in zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
             ]
             prompts = [row["prompt"] for row in inputs]
-            self.on_batch(StepRecord(self.state.global_step, prompts, kinds, scored, rewards, advantage_NT, ids))
+            step = self.state.global_step
+            self.on_batch(StepRecord(step, prompts, kinds, scored, rewards, advantage_NT, ids, in_loss_NT))
         return output
 
     def _rewards(self, scored: ScoredBatch, kinds: Sequence[str | None]) -> dict[str, list[float | None]]:
@@ -151,25 +184,56 @@ class ShapedGRPOTrainer(GRPOTrainer):
 
     def _advantages(
         self,
+        shaping: ShapingConfig,
         scored: ScoredBatch,
         reward_all_NR: torch.Tensor,
         segment_NT: torch.Tensor,
         scored_all_N: torch.Tensor,
     ) -> torch.Tensor:
         """(N, T) advantages of this process's rows; statistics are over all processes' rows."""
-        G, shaping, N = self._group_size, self.shaping, len(segment_NT)
+        N = len(segment_NT)
         own = slice(self.accelerator.process_index * N, (self.accelerator.process_index + 1) * N)
-        weights = self.reward_weights.cpu()
-        z_N = sum_of_zscores(reward_all_NR, weights, scored_all_N, G, self.std_floor, self.over_batch)[own]
-        clean_NK = scored.clean_NK
-        advantage_NK = z_N[:, None].expand_as(clean_NK)
-        if shaping is not None and shaping.gate.enabled:
-            advantage_NK = gate(z_N, clean_NK, shaping.gate.tau)
-        if shaping is not None and shaping.drop.weight > 0:
-            drop_NK = drops(clean_NK, scored.scores.start_N, scored.scores.segment_mask_NK, shaping.drop.slack)
-            scale_N = drop_scale(self._gather(drop_NK.sum(1)), scored_all_N, G, shaping.drop.std_floor)[own]
-            advantage_NK = advantage_NK + drop_advantage(drop_NK, scale_N, shaping.drop.weight)
-        return spread_to_tokens(advantage_NK.masked_fill(~scored.scores.scored_N[:, None], 0.0), segment_NT)
+        z_N = sum_of_zscores(
+            reward_all_NR, self.reward_weights.cpu(), scored_all_N, self._group_size, self.std_floors, self.over_batch
+        )[own]
+        price, rate = self._price(shaping, scored) if shaping.lagrangian.enabled else (0.0, None)
+        advantage_NK = shaped_advantages(
+            shaping,
+            z_N,
+            scored,
+            group_size=self._group_size,
+            gather=self._gather,
+            own=own,
+            price=price,
+            rate=rate,
+        )
+        return spread_to_tokens(advantage_NK, segment_NT)
+
+    def _price(self, shaping: ShapingConfig, scored: ScoredBatch) -> tuple[float, float | None]:
+        """The dual variable for this batch, and the batch's rate of violations, which moves it for the next one."""
+        options = shaping.lagrangian
+        kept = (self.state.stateful_callbacks or {}).get(_DUAL)
+        dual = DualVariable(**kept["attributes"]) if kept else DualVariable(options.start)
+        rate = violation_rate(scored, options.tau, self._gather)
+        if rate is not None and self.model.training:
+            after = dual.updated(
+                rate, target=options.target, step=options.step, ema=options.ema, maximum=options.maximum
+            )
+            self.state.stateful_callbacks[_DUAL] = {"args": {}, "attributes": asdict(after)}
+        self._log({"lagrangian/price": dual.value, "lagrangian/rate": NAN if rate is None else rate})
+        return dual.value, rate
+
+    def _kl_advantage(
+        self, shaping: ShapingConfig, scored: ScoredBatch, output: dict[str, Any], segment_NT: torch.Tensor
+    ) -> torch.Tensor:
+        args = self.args
+        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        ratio_NT = log_ratio_to_reference(self, output, size)
+        before_NT = spread_to_tokens(before(scored.clean_NK, scored.scores.start_N), segment_NT)
+        in_loss = ratio_NT[segment_NT >= 0]
+        self._log({"shaping/log_ratio_to_reference": in_loss.mean().item() if len(in_loss) else NAN})
+        kl_NT = token_kl(ratio_NT, before_NT, shaping.kl.weight, shaping.kl.clip)
+        return kl_NT.masked_fill(segment_NT < 0, 0.0)
 
     def _stop_above_limit(self, scored: ScoredBatch, scored_all_N: torch.Tensor) -> None:
         stop_above_limit(
@@ -181,30 +245,34 @@ class ShapedGRPOTrainer(GRPOTrainer):
             where=f"at step {self.state.global_step}",
         )
 
-    def _leave_out_unscored(self, output: dict[str, Any], scored: ScoredBatch, scored_all_N: torch.Tensor) -> float:
-        """Take the tokens of unscored rows out of the loss and out of its normaliser.
-
-        Returns:
-            What the advantages must be multiplied by: 1 for losses that divide by the number of unmasked tokens,
-            N / N_scored for those that divide by the number of rows, where an unscored row would shrink the step.
-            A KL penalty (`beta` > 0) is no advantage: under the latter it stays divided by all N rows.
-        """
-        keep = scored.scores.scored_N[:, None].long()
+    def _leave_out(self, output: dict[str, Any], in_loss_NT: torch.Tensor) -> None:
+        """Take tokens out of the loss and out of its normaliser."""
         # `completion_mask` is the attention mask too, so the loss is masked by `tool_mask`.
         mask = output["completion_mask"]
-        output["tool_mask"] = keep.to(mask.device) * output.get("tool_mask", torch.ones_like(mask))
+        output["tool_mask"] = in_loss_NT.long().to(mask.device) * output.get("tool_mask", torch.ones_like(mask))
         output["num_items_in_batch"] = self.accelerator.gather((mask * output["tool_mask"]).sum()).sum()
+
+    def _row_scale(self, scored_all_N: torch.Tensor) -> float:
+        """What advantages are multiplied by where a loss divides by the number of rows, unscored ones among them.
+
+        N / N_scored for such losses, 1 for those that divide by the number of tokens in the loss. A KL penalty
+        (`beta` > 0) is no advantage: under the former it stays divided by all N rows.
+        """
         return len(scored_all_N) / max(1, int(scored_all_N.sum())) if self.loss_type in _OVER_ROWS else 1.0
 
     def _report(
-        self, scored: ScoredBatch, reward_NR: torch.Tensor, scored_all_N: torch.Tensor, signal: tuple[Any, Any]
+        self, scored: ScoredBatch, reward_NR: torch.Tensor, scored_all_N: torch.Tensor, signal: tuple[Any, Any, Any]
     ) -> None:
-        row_mean_N = self._gather(row_mean(*signal))
-        values = {
-            **signal_metrics(scored, *signal),
-            **reward_metrics([t.__name__ for t in self.terms], reward_NR, self.reward_weights.cpu(), scored_all_N),
-            **group_metrics(row_mean_N, scored_all_N, self._group_size),
-        }
+        row_mean_N = self._gather(row_mean(*signal[:2]))
+        self._log(
+            {
+                **signal_metrics(scored, *signal),
+                **reward_metrics([t.__name__ for t in self.terms], reward_NR, self.reward_weights.cpu(), scored_all_N),
+                **group_metrics(row_mean_N, scored_all_N, self._group_size),
+            }
+        )
+
+    def _log(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
@@ -215,74 +283,3 @@ class ShapedGRPOTrainer(GRPOTrainer):
     def _gather(self, value: torch.Tensor) -> torch.Tensor:
         """Rows of all processes, on the CPU: groups straddle processes, and statistics are over whole groups."""
         return self.accelerator.gather(value.to(self.accelerator.device)).cpu()
-
-
-def check_options(args: GRPOConfig) -> None:
-    """Refuse options of TRL's that are wrong with per-token advantages.
-
-    Raises:
-        ConfigError: names the option, its value and the reason.
-    """
-    default = {
-        field: GRPOConfig.__dataclass_fields__[field].default
-        for field in ("scale_rewards", "multi_objective_aggregation")
-    }
-    wrong = [
-        (args.loss_type in ("vespo", "luspo"), "loss_type", args.loss_type, "it weighs whole sequences", "dapo"),
-        (
-            args.importance_sampling_level == "sequence",
-            "importance_sampling_level",
-            "sequence",
-            "one ratio for a sequence cannot follow per-token advantages",
-            "token",
-        ),
-        (
-            args.off_policy_mask_threshold is not None,
-            "off_policy_mask_threshold",
-            args.off_policy_mask_threshold,
-            "it reads one advantage a sequence",
-            None,
-        ),
-        (
-            args.mask_truncated_completions,
-            "mask_truncated_completions",
-            True,
-            "it empties the attention mask that segments are laid over",
-            False,
-        ),
-        (
-            args.top_entropy_quantile < 1.0,
-            "top_entropy_quantile",
-            args.top_entropy_quantile,
-            "it would drop the tokens that a drop is charged to",
-            1.0,
-        ),
-        (
-            args.scale_rewards != default["scale_rewards"],
-            "scale_rewards",
-            args.scale_rewards,
-            "our group normalisation replaces it",
-            default["scale_rewards"],
-        ),
-        (
-            args.multi_objective_aggregation != default["multi_objective_aggregation"],
-            "multi_objective_aggregation",
-            args.multi_objective_aggregation,
-            "our group normalisation replaces it",
-            default["multi_objective_aggregation"],
-        ),
-        (
-            args.use_vllm
-            and args.vllm_importance_sampling_correction
-            and (args.top_p != 1.0 or args.top_k > 0 or bool(args.min_p)),
-            "top_p, top_k, min_p",
-            (args.top_p, args.top_k, args.min_p),
-            "truncated sampling biases the importance ratio",
-            "1.0, 0, None",
-        ),
-    ]
-    for is_wrong, name, value, reason, instead in wrong:
-        if is_wrong:
-            raise ConfigError(
-                f"GRPOConfig.{name} = {value!r} does not work with per-token advantages: {reason}; set {name}={instead!r}"
-            )

@@ -11,22 +11,44 @@ import torch
 
 from ballast.rewards.advantages import group_mean
 from ballast.rewards.guard_reward import ScoredBatch
+from ballast.rewards.shaping import unsafe_from
+from ballast.rewards.star import spread_to_tokens
 
 NAN = float("nan")
 
 
-def signal_metrics(scored: ScoredBatch, advantage_NT: torch.Tensor, segment_NT: torch.Tensor) -> dict[str, float]:
-    """The guard's judgement and the advantages of this process's rows; padding is segment -1."""
+def signal_metrics(
+    scored: ScoredBatch, advantage_NT: torch.Tensor, segment_NT: torch.Tensor, token_NT: torch.Tensor
+) -> dict[str, float]:
+    """The guard's judgement and the advantages of this process's rows.
+
+    Args:
+        scored: the guard's judgement.
+        advantage_NT: what the loss gets.
+        segment_NT: segment of each token in the loss, -1 elsewhere.
+        token_NT: segment of each token of the completion, -1 at padding.
+
+    Returns:
+        `risk/first_unsafe_token` is the mean index, from 0, of the first token of the first segment with a risk above
+        one half, over the completions that have one; `loss/masked_share` the share of completions of which tokens
+        are left out of the loss; `guard/tokens` the policy's tokens that the guard read in `guard/seconds`.
+    """
     valid_N = scored.scores.scored_N
     risk_N = 1.0 - scored.lowest_star_N[valid_N]
     advantage = advantage_NT[segment_NT >= 0]
+    unsafe_NK = unsafe_from(scored.clean_NK, scored.scores.segment_mask_NK, tau=0.5) & valid_N[:, None]
+    unsafe_NT = spread_to_tokens(unsafe_NK.float(), token_NT) > 0
+    first = unsafe_NT.float().argmax(dim=1)[unsafe_NT.any(dim=1)].float()
     return {
         "risk/mean": risk_N.mean().item() if len(risk_N) else NAN,
         "risk/violation_rate": (risk_N > 0.5).float().mean().item() if len(risk_N) else NAN,
+        "risk/first_unsafe_token": first.mean().item() if len(first) else NAN,
         "risk/unscored_share": 1.0 - valid_N.float().mean().item(),
         "advantage/mean": advantage.mean().item() if len(advantage) else 0.0,
         "advantage/negative_share": (advantage < 0).float().mean().item() if len(advantage) else 0.0,
+        "loss/masked_share": (segment_NT != token_NT).any(dim=1).float().mean().item(),
         "guard/seconds": scored.seconds,
+        "guard/tokens": float((token_NT >= 0).sum()),
     }
 
 
