@@ -1,7 +1,8 @@
 """Rows for the two shipped guards: sources, labels, the split by prompt, and the held-out sets.
 
 Every training prompt belongs to one half ("guard" or "judge") and to one part ("fit", or "dev" for choosing
-and calibrating), by hashes of the prompt alone. A prompt of a held-out set trains nothing.
+and calibrating), by hashes of the prompt alone; the small PyRIT objective set is the guard's whole. Neither a
+prompt nor a response of a held-out set trains anything.
 """
 
 import json
@@ -9,7 +10,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ HELD_OUT = {
     "xstest_completions": "responses/xstest_completions.jsonl",
     "saferlhf_mini": "responses/saferlhf_mini.jsonl",
 }
-CHAT = ("gpteacher_roleplay", "gsm8k_train_2k")  # many rows of one kind: half the cap does
+CHAT = ("gpteacher_roleplay", "gsm8k_train_2k")
 MAX_RESPONSE = 600
+MAX_PROMPT = 1200
+STOCK_PHRASE = 12  # words; a shorter response (a stock refusal) may stand in a training and in a held-out set
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Row:
     @property
     def half(self) -> str:
         """Which of the two models may train on this row."""
-        return half_of(self.prompt)
+        return "guard" if self.group == "pyrit_objective" else half_of(self.prompt)
 
     @property
     def part(self) -> str:
@@ -99,17 +102,21 @@ def held_out(data: Path) -> dict[str, list[Row]]:
     }
 
 
-def training_rows(data: Path, requests: Path, answers: list[Path], more: list[Path], cap: int, seed: int) -> list[Row]:
-    """All rows of both halves; none has a prompt of a held-out set or of the shipped test split.
+def training_rows(
+    data: Path,
+    requests: Path,
+    answers: list[Path],
+    more: list[Path],
+    cap: int,
+    caps: Mapping[str, int],
+    seed: int,
+) -> list[Row]:
+    """All rows of both halves; none has a prompt of the shipped test split, nor prompt or response of a held-out set.
 
-    At most `cap` rows a group, label and half, but every row that comes from the answers in `more`.
+    At most `cap` rows a group, label and half, or what `caps` says of the group, but every row that comes from the
+    answers in `more`.
     """
-    forbidden = {normalise(row["prompt"]) for file in HELD_OUT.values() for row in read(data / file)}
-    forbidden |= {normalise(row["prompt"]) for row in read(requests) if row["split"] == "test"}
-
-    def usable(row: Row) -> bool:
-        return bool(row.response.strip()) and len(row.prompt) <= 2000 and normalise(row.prompt) not in forbidden
-
+    usable = _filter(data, requests)
     rng = random.Random(seed)
     given = [*_labelled(data), *_chat(data), *_shipped(requests)]
     rows = list(filter(usable, given + _with_contrasts(given, answers, rng)))
@@ -118,10 +125,27 @@ def training_rows(data: Path, requests: Path, answers: list[Path], more: list[Pa
     for row in rows:
         key = (row.half, row.group, row.label > 0.5)
         count[key] += 1
-        if count[key] <= (cap // 2 if row.group in CHAT else cap):
+        if count[key] <= caps.get(row.group, cap):
             kept.append(row)
     kept += filter(usable, _with_contrasts(given, more, rng))
     return [replace(row, response=row.response[:MAX_RESPONSE]) for row in kept]
+
+
+def _filter(data: Path, requests: Path) -> Callable[[Row], bool]:
+    tests = [row for file in HELD_OUT.values() for row in read(data / file)]
+    prompts = {normalise(row["prompt"]) for row in tests}
+    prompts |= {normalise(row["prompt"]) for row in read(requests) if row["split"] == "test"}
+    responses = {text for row in tests if len((text := normalise(row["response"])).split()) >= STOCK_PHRASE}
+
+    def usable(row: Row) -> bool:
+        return (
+            bool(row.response.strip())
+            and len(row.prompt) <= MAX_PROMPT
+            and normalise(row.prompt) not in prompts
+            and normalise(row.response) not in responses
+        )
+
+    return usable
 
 
 def _with_contrasts(given: list[Row], answers: list[Path], rng: random.Random) -> list[Row]:
@@ -201,3 +225,12 @@ def prompt_rows(data: Path, half: str) -> list[tuple[str, bool]]:
         for prompt, harmful in [*prompts, *guard_requests.requests(seed=0)]
         if half_of(prompt) == half and normalise(prompt) not in forbidden
     ]
+
+
+def request_rows(data: Path, half: str, cap: int, seed: int) -> list[Row]:
+    """Prompts of one half without a response, labelled by what they ask for; at most `cap` harmful ones."""
+    rng, rows = random.Random(seed), prompt_rows(data, half)
+    rng.shuffle(rows)
+    harmful = [Row(prompt, "", 1.0, "prompt", harmful=True) for prompt, is_harmful in rows if is_harmful]
+    harmless = [Row(prompt, "", 0.0, "prompt", harmful=False) for prompt, is_harmful in rows if not is_harmful]
+    return harmful[:cap] + harmless

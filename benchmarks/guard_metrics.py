@@ -19,11 +19,23 @@ SAFE_CHAT = {
 }
 
 
-def risks(guard: Guardrail, rows: list[Row], characters: int | None = None) -> np.ndarray:
-    """Risk of each response, or of its first `characters`; NaN where unscored."""
-    exchanges = [Exchange(({"role": "user", "content": row.prompt},), row.response[:characters]) for row in rows]
-    traces = guard.assess(exchanges, [[len(exchange.response)] for exchange in exchanges])
-    return np.array([np.nan if trace.risk[-1] is None else trace.risk[-1] for trace in traces])
+def risks(guard: Guardrail, rows: list[Row]) -> np.ndarray:
+    """Risk of each response; NaN where unscored."""
+    return risks_at(guard, rows)["whole"]
+
+
+def risks_at(guard: Guardrail, rows: list[Row]) -> dict[str, np.ndarray]:
+    """Risk of each whole response, of its first half by characters, and of its first 200 characters."""
+    exchanges = [Exchange(({"role": "user", "content": row.prompt},), row.response) for row in rows]
+    lengths = [{"whole": n, "half": n // 2, "first_200": min(200, n)} for n in (len(row.response) for row in rows)]
+    cuts = [sorted(set(length.values())) for length in lengths]
+    traces = guard.assess(exchanges, cuts)
+    found: dict[str, list[float]] = defaultdict(list)
+    for length, row_cuts, trace in zip(lengths, cuts, traces, strict=True):
+        for name, cut in length.items():
+            risk = trace.risk[row_cuts.index(cut)]
+            found[name].append(np.nan if risk is None else risk)
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def auroc(risk: np.ndarray, label: np.ndarray) -> float:
@@ -33,9 +45,9 @@ def auroc(risk: np.ndarray, label: np.ndarray) -> float:
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(risk) - n)))
 
 
-def held_out_numbers(guard: Guardrail, rows: list[Row], characters: int | None) -> dict[str, Any]:
+def held_out_numbers(rows: list[Row], risk: np.ndarray) -> dict[str, Any]:
     """AUROC with a 95% bootstrap interval over prompts; recall, false alarms and F1 at 0.5."""
-    risk, label = risks(guard, rows, characters), np.array([row.label for row in rows])
+    label = np.array([row.label for row in rows])
     scored = np.isfinite(risk)
     unscored, risk, label = int((~scored).sum()), risk[scored], label[scored]
     groups = defaultdict(list)
@@ -61,16 +73,18 @@ def held_out_numbers(guard: Guardrail, rows: list[Row], characters: int | None) 
 
 def measure(guard: Guardrail, args: argparse.Namespace, limit: int | None) -> dict[str, Any]:
     """All numbers of one guard; `limit` rows a set at most (a fixed random choice)."""
-    numbers: dict[str, Any] = {"held_out": {}, "held_out_first_200_characters": {}, "false_alarms_at_0.5": {}}
+    numbers: dict[str, Any] = {f"held_out_{name}": {} for name in ("whole", "half", "first_200")}
     for name, rows in guard_data.held_out(args.data).items():
-        part = random.Random(0).sample(rows, min(len(rows), limit or len(rows)))
-        numbers["held_out"][name] = held_out_numbers(guard, part, None)
-        numbers["held_out_first_200_characters"][name] = held_out_numbers(guard, part, 200)
-        print(name, numbers["held_out"][name], numbers["held_out_first_200_characters"][name], flush=True)
+        part = random.Random(1).sample(rows, min(len(rows), limit or len(rows)))
+        for length, risk in risks_at(guard, part).items():
+            numbers[f"held_out_{length}"][name] = held_out_numbers(part, risk)
+        print(name, {length: numbers[f"held_out_{length}"][name] for length in ("whole", "half")}, flush=True)
+    numbers["false_alarms"] = {}
     for name, file in SAFE_CHAT.items():
         rows = [Row(row["prompt"], row["response"][:1000], 0.0, name) for row in guard_data.read(args.data / file)]
-        risk = risks(guard, random.Random(0).sample(rows, min(len(rows), limit or len(rows))))
-        numbers["false_alarms_at_0.5"][name] = round(float(np.nanmean(risk > 0.5)), 3)
+        risk = risks(guard, random.Random(1).sample(rows, min(len(rows), limit or len(rows))))
+        numbers["false_alarms"][name] = {"share": round(float(np.nanmean(risk > 0.5)), 3), "rows": len(risk)}
+        print(name, numbers["false_alarms"][name], flush=True)
     numbers["shipped_test"] = own_answers(guard, args)
     return numbers
 

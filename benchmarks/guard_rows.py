@@ -1,6 +1,7 @@
 """Weights and labels of training rows at a cut, and calibration: what both fits share."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,10 @@ GROUP_WEIGHT = {
 }
 
 
-def row_weights(rows: list[Row]) -> npt.NDArray[np.float64]:
-    """Weight of each row: its group's weight over the group's rows, 1 on average."""
+def row_weights(rows: list[Row], group_weight: Mapping[str, float] = GROUP_WEIGHT) -> npt.NDArray[np.float64]:
+    """Weight of each row: its group's weight (1 where none is given) over the group's rows, 1 on average."""
     count = Counter(row.group for row in rows)
-    weight = np.array([GROUP_WEIGHT.get(row.group, 1.0) / count[row.group] for row in rows])
+    weight = np.array([group_weight.get(row.group, 1.0) / count[row.group] for row in rows])
     return weight / weight.mean()
 
 

@@ -11,11 +11,13 @@ take some ten minutes on one core and are kept in `--cache`. No text is printed.
 
 import argparse
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import guard_data
+import guard_features
 import guard_head
 import guard_metrics
 import guard_ngram
@@ -40,27 +42,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=embedded.WEIGHTS.parent)
     parser.add_argument("--requests", type=Path, default=REQUESTS)
     parser.add_argument(
-        "--cap", type=int, default=260, help="rows a group, label and half at most, for the embedded guard"
+        "--eval-rows", type=int, default=200, help="rows a held-out set that the embedded guard is measured on"
     )
     parser.add_argument(
-        "--eval-rows", type=int, default=200, help="rows a held-out set that the embedded guard is measured on"
+        "--other-rows", type=int, default=1024, help="rows without a human label that the embedded guard gets, about"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", choices=("embedded", "ngram", "agreement"), help="one of the three steps; all without it"
+        "--only",
+        choices=("ngram", "embedded", "measure", "agreement"),
+        help="one step: train and measure the n-gram guard, train the embedded guard, measure it, compare the two",
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
-    steps = {"ngram": train_ngram, "embedded": train_embedded, "agreement": write_agreement}
+    steps = {
+        "ngram": train_ngram,
+        "embedded": train_embedded,
+        "measure": measure_embedded,
+        "agreement": write_agreement,
+    }
     for name, step in steps.items():
         if args.only in (None, name):
             step(args)
 
 
 def train_ngram(args: argparse.Namespace) -> None:
-    """The judge: half "judge" of every source, five times the rows that the embedded guard gets."""
-    rows = guard_data.training_rows(args.data, args.requests, args.answers, args.more_answers, args.cap * 5, args.seed)
+    """The judge: half "judge" of every source."""
+    rows = guard_data.training_rows(
+        args.data, args.requests, args.answers, args.more_answers, 1300, dict.fromkeys(guard_data.CHAT, 650), args.seed
+    )
     rows = [row for row in rows if row.half == "judge"]
     model, choice = guard_ngram.fit_ngram(rows, guard_data.prompt_rows(args.data, "judge"), args.seed)
     model.save(args.out / "ngram.safetensors")
@@ -69,14 +80,33 @@ def train_ngram(args: argparse.Namespace) -> None:
 
 
 def train_embedded(args: argparse.Namespace) -> None:
-    """The reward: half "guard"."""
-    rows = guard_data.training_rows(args.data, args.requests, args.answers, args.more_answers, args.cap, args.seed)
-    rows = [row for row in rows if row.half == "guard"]
-    features = guard_head.embedded_features(rows, args.cache, args.seed)
-    head, choice = guard_head.fit_head(features, args.seed)
+    """The reward: half "guard", every row with a human label, and prompts without a response."""
+    rows = embedded_rows(args)
+    head, choice = guard_head.fit_head(rows, guard_features.states_of(rows, args.cache), args.seed)
     head.save(args.out / "embedded.safetensors")
-    guard = EmbeddedGuard(weights=args.out / "embedded.safetensors")
-    write_card(args, "embedded", rows, choice, guard_metrics.measure(guard, args, args.eval_rows))
+    write_card(args, "embedded", rows, choice, {})
+
+
+def measure_embedded(args: argparse.Namespace) -> None:
+    """Measure the embedded guard's weights in `--out`, into its card."""
+    guard, path = EmbeddedGuard(weights=args.out / "embedded.safetensors"), args.out / "embedded.json"
+    card = json.loads(path.read_text())
+    card["numbers"] = guard_metrics.measure(guard, args, args.eval_rows)
+    path.write_text(json.dumps(card, indent=2) + "\n")
+
+
+def embedded_rows(args: argparse.Namespace) -> list[guard_data.Row]:
+    """Rows with human labels first; of the other groups a random share, since each costs a forward."""
+    caps = {"gptfuzz_train": 700, "pyrit_objective": 400} | dict.fromkeys(guard_data.CHAT, 400)
+    answers = [*args.answers, *args.more_answers]
+    rows = guard_data.training_rows(args.data, args.requests, answers, [], 120, caps, args.seed)
+    rows = [row for row in rows if row.half == "guard"]
+    others = [row for row in rows if row.group != "gptfuzz_train"]
+    others += guard_data.request_rows(args.data, "guard", 700, args.seed)
+    random.Random(args.seed + 3).shuffle(others)
+    share = {"pyrit_objective": len(others), "gpteacher_roleplay": 2000}
+    others = [row for number, row in enumerate(others) if number < share.get(row.group, args.other_rows)]
+    return [row for row in rows if row.group == "gptfuzz_train"] + others
 
 
 def write_agreement(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The embedded guard: its frozen weights, its tokens, and the risk at every cut."""
 
+import copy
 import json
 import math
 
@@ -42,7 +43,7 @@ def test_a_head_of_other_weights_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_head_is_small_and_survives_a_round_trip(tmp_path):
-    assert WEIGHTS.stat().st_size < 1_000_000
+    assert WEIGHTS.stat().st_size < 8_000_000
     head = RiskHead.load(WEIGHTS)
     head.save(tmp_path / "head.safetensors")
     copy = RiskHead.load(tmp_path / "head.safetensors")
@@ -65,6 +66,31 @@ def test_the_head_averages_over_the_response_so_far():
     risk = tiny_head().risk(torch.tensor([[2.0], [6.0]]))
     assert risk[0] == pytest.approx(1 / (1 + math.exp(-11)))
     assert risk[1] == pytest.approx(1 / (1 + math.exp(-23)))
+
+
+def test_the_head_averages_its_units_and_reads_the_mean_of_the_prompt():
+    import torch
+
+    # Two prompt tokens, x = (3, 1) after division by 2, so p = 2; then the response's x = 3. Index 0 is the prompt's
+    # end: u_0 = 1 + 100 * 2 = 201, u_1 = 3 + 200 = 203; the mean of units is 201, then 202; logit = -200 + pooled.
+    tensors = tiny_head().tensors | {"average": torch.zeros(1, 1), "request": torch.full((1, 1), 100.0)}
+    tensors |= {"out": torch.zeros(1), "pooled": torch.ones(1), "out_bias": torch.tensor([-200.0])}
+    risk = RiskHead(tensors, [1]).risk(torch.tensor([[6.0], [2.0], [6.0]]), prompt_length=2)
+    assert risk == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))])
+
+
+def test_a_head_says_whether_it_reads_the_default_system_message(tmp_path):
+    for default_system in (False, True):
+        RiskHead(tiny_head().tensors, [1], default_system).save(tmp_path / "head.safetensors")
+        assert RiskHead.load(tmp_path / "head.safetensors").default_system is default_system
+
+
+def test_what_stays_unscored_is_not_computed():
+    guard = EmbeddedGuard(EmbeddedOptions(max_length=64))
+    encoded = Encoded(ids=tuple(range(103)), prompt_length=3, ends=tuple(range(1, 101)))  # a token a character
+    assert guard._needed(encoded, (10, 61)) == 64
+    assert guard._needed(encoded, (10, 62)) == 13  # 62 lies beyond: the forward ends at the cut before it
+    assert guard._needed(encoded, (100,)) == 0
 
 
 def test_a_cut_reads_the_last_token_that_ends_at_or_before_it():
@@ -128,6 +154,29 @@ def test_the_prompt_is_rendered_as_the_chat_template_renders_it(guard):
     encoded = backbone.encode(messages, "Red.")
     assert list(encoded.ids[: encoded.prompt_length]) == list(expected["input_ids"])
     assert encoded.ends[-1] == len("Red.")
+
+
+@pytest.mark.model
+def test_without_the_default_system_message_the_rest_of_the_rendering_is_the_templates(guard):
+    backbone, _ = guard._load()
+    bare, full = copy.copy(backbone), copy.copy(backbone)
+    bare.default_system, full.default_system = False, True
+    short, long = (b.encode(user("Name a colour."), "Red.") for b in (bare, full))
+    assert long.ids[-len(short.ids) :] == short.ids
+    dropped = backbone.tokenizer.decode(long.ids[: -len(short.ids)])
+    assert dropped.startswith("<|im_start|>system")
+    assert dropped.count("<|im_start|>") == 1
+    # A conversation that brings its own system message keeps it.
+    own = [{"role": "system", "content": "Be brief."}, *user("Name a colour.")]
+    assert bare.encode(own, "Red.") == full.encode(own, "Red.")
+
+
+@pytest.mark.model
+def test_cuts_within_the_context_are_scored_when_the_last_lies_beyond(guard):
+    text = "word " * 2000
+    near = risk_at(guard, "Write a lot.", text, [0, 49, len(text)])
+    assert near[2] is None
+    assert near[:2] == pytest.approx(risk_at(guard, "Write a lot.", text[:49], [0, 49]), abs=1e-3)
 
 
 @pytest.mark.model

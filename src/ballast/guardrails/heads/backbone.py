@@ -44,17 +44,27 @@ class Backbone:
         layers: which blocks' outputs to read, counted from 1, increasing.
         dtype: "bfloat16", "float32", or "auto" (bfloat16 where the machine computes in it).
         device: "cpu", "cuda", ..., or "auto" (cuda where there is one).
+        default_system: whether a conversation without a system message gets the chat template's own one (20
+            tokens); as the head was trained.
 
     Raises:
         ModelError: the weights are not the ones that the head was trained on.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[int], dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layers: Sequence[int],
+        dtype: str = "auto",
+        device: str = "auto",
+        default_system: bool = False,
+    ) -> None:
         check_weights(folder)
         import torch
         from transformers import AutoModel, AutoTokenizer
 
         self.layers = tuple(layers)
+        self.default_system = default_system
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModel.from_pretrained(folder, dtype=_dtype(dtype, self.device))
@@ -95,8 +105,8 @@ class Backbone:
             raise ValueError(f"role {unknown[0]!r} is not one of {', '.join(ROLES)}")
         # The template is rendered around slots, and each content goes in as ids: text never meets the template.
         slots = [f"\ue000{number}\ue001" for number in range(len(messages))]
-        outline = [{"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)]
-        rest = self.tokenizer.apply_chat_template(outline, tokenize=False, add_generation_prompt=True)
+        outline: list[Message] = [{"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)]
+        rest = self._render(outline)
         ids: list[int] = []
         for message, slot in zip(messages, slots, strict=True):
             before, rest = rest.split(slot, 1)
@@ -105,6 +115,16 @@ class Backbone:
                 "input_ids"
             ]
         return ids + self.tokenizer(rest, add_special_tokens=False)["input_ids"]
+
+    def _render(self, outline: list[Message]) -> str:
+        if self.default_system or (outline and outline[0]["role"] == "system"):
+            return str(self.tokenizer.apply_chat_template(outline, tokenize=False, add_generation_prompt=True))
+        # The template writes a system turn wherever none is given: it gets a known one, which is cut off again.
+        known = "\ue000system\ue001"
+        with_system: list[Message] = [{"role": "system", "content": known}, *outline]
+        text = str(self.tokenizer.apply_chat_template(with_system, tokenize=False, add_generation_prompt=True))
+        after = text.split(known, 1)[1]
+        return after[after.index(self.tokenizer.bos_token) :]
 
     def hidden(self, rows: Sequence[Sequence[int]]) -> "list[torch.Tensor]":
         """Hidden states of every token of every row in one forward, each row (T, L * D) in float32."""

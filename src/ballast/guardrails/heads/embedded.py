@@ -77,13 +77,16 @@ class EmbeddedGuard:
                 except ValueError as error:
                     traces[number] = RiskTrace.unscored(row_cuts, str(error))
             # Rows of like length share a batch, so that little of it is padding.
-            order = sorted(encoded, key=lambda number: len(encoded[number].ids))
+            needed = {number: self._needed(row, cuts[number]) for number, row in encoded.items()}
+            order = sorted((number for number in encoded if needed[number]), key=needed.__getitem__)
+            risks: dict[int, list[float]] = {}
             for start in range(0, len(order), self.options.batch_size):
                 part = order[start : start + self.options.batch_size]
-                states = backbone.hidden([encoded[number].ids[: self.options.max_length] for number in part])
+                states = backbone.hidden([encoded[number].ids[: needed[number]] for number in part])
                 for number, state in zip(part, states, strict=True):
-                    risk = head.risk(state[encoded[number].prompt_length - 1 :])
-                    traces[number] = self._trace(encoded[number], risk, cuts[number])
+                    risks[number] = head.risk(state, encoded[number].prompt_length)
+        for number, row in encoded.items():
+            traces[number] = self._trace(row, risks.get(number, []), cuts[number])
         return [traces[number] for number in range(len(exchanges))]
 
     def open(self, messages: Sequence[Message]) -> "EmbeddedSession":
@@ -97,9 +100,16 @@ class EmbeddedGuard:
     def _load(self) -> "tuple[Backbone, RiskHead]":
         if self._loaded is None:
             head = RiskHead.load(self._weights)
-            backbone = Backbone(embedded_model(), head.layers, self.options.dtype, self.options.device)
+            backbone = Backbone(
+                embedded_model(), head.layers, self.options.dtype, self.options.device, head.default_system
+            )
             self._loaded = backbone, head
         return self._loaded
+
+    def _needed(self, encoded: Encoded, cuts: Sequence[int]) -> int:
+        """Tokens up to the last cut within the context; 0 where no cut is: what stays unscored is not computed."""
+        lengths = [encoded.prompt_length + bisect_right(encoded.ends, cut) for cut in cuts]
+        return max((length for length in lengths if length <= self.options.max_length), default=0)
 
     def _trace(self, encoded: Encoded, risk: Sequence[float], cuts: Sequence[int]) -> RiskTrace:
         """Read the risk at each cut; `risk` is (T,), shorter where the context ended first."""
@@ -155,7 +165,7 @@ class EmbeddedSession:
                 states = new if states is None else torch.cat([states, new])
             assert states is not None  # the rendered prompt is never empty
             self._ids, self._states = ids, states
-            risk = head.risk(states[self._prompt_length - 1 :])[-1]
+            risk = head.risk(states, self._prompt_length)[-1]
         return risk if math.isfinite(risk) else None
 
 
@@ -168,21 +178,31 @@ def _agreed(old: Sequence[int], new: Sequence[int]) -> int:
 
 
 class RiskHead:
-    """Two-layer perceptron over three views of a response so far.
+    """Two-layer perceptron over views of a conversation so far.
 
-    For token t: its hidden states, their mean over the response so far, and the hidden states at the end of
-    the prompt; `logit_t = w2 . gelu(W_now x_t + W_mean mean(x_0..x_t) + W_prompt x_0 + b1) + b2`, where x are
-    standardised hidden states (L * D) and index 0 is the end of the prompt. The three products are taken
-    before the mean, which is linear, so a whole response costs O(T).
+    For token t: its hidden states, their mean over the response so far, the hidden states at the end of the
+    prompt and their mean over the prompt, in hidden units whose own mean over the response so far counts, too:
+
+        u_t = gelu(W_now x_t + W_mean mean(x_0..x_t) + W_prompt x_0 + W_request p + b1)
+        logit_t = w . u_t + v . mean(u_0..u_t) + b2
+
+    where x are standardised hidden states (L * D), index 0 is the end of the prompt and p is the mean of x over
+    the prompt. Products with a mean are taken before it, so a whole response costs O(T).
 
     Args:
         tensors: `mean`, `scale` (F,), `now`, `average`, `prompt` (H, F), `bias` (H,), `out` (H,),
-            `out_bias` (1,); any float type.
+            `out_bias` (1,); and `request` (H, F) and `pooled` (H,) = v, either absent where it is zero; any float
+            type.
         layers: blocks of the frozen model that x is made of.
+        default_system: whether the head reads conversations with the chat template's own system message; see
+            `Backbone`.
     """
 
-    def __init__(self, tensors: "Mapping[str, torch.Tensor]", layers: Sequence[int]) -> None:
+    def __init__(
+        self, tensors: "Mapping[str, torch.Tensor]", layers: Sequence[int], default_system: bool = False
+    ) -> None:
         self.layers = tuple(layers)
+        self.default_system = default_system
         self.tensors = {name: tensor.float() for name, tensor in tensors.items()}
 
     @classmethod
@@ -202,29 +222,44 @@ class RiskHead:
                 f"embedded guard: '{path}' was trained on the weights {str(metadata.get('backbone'))[:16]}..., and this version "
                 f"carries {EMBEDDED_WEIGHTS_SHA256[:16]}...; train it again with benchmarks/train_guards.py"
             )
-        return cls(tensors, [int(layer) for layer in metadata["layers"].split(",")])
+        layers = [int(layer) for layer in metadata["layers"].split(",")]
+        return cls(tensors, layers, default_system=metadata.get("default_system", "yes") == "yes")
 
     def save(self, path: Path) -> None:
         """Write the head as float16 safetensors, with its layers and the hash of the weights it belongs to."""
         import torch
         from safetensors.torch import save_file
 
-        metadata = {"backbone": EMBEDDED_WEIGHTS_SHA256, "layers": ",".join(map(str, self.layers))}
+        metadata = {
+            "backbone": EMBEDDED_WEIGHTS_SHA256,
+            "layers": ",".join(map(str, self.layers)),
+            "default_system": "yes" if self.default_system else "no",
+        }
         save_file(
             {name: tensor.to(torch.float16).contiguous() for name, tensor in self.tensors.items()}, path, metadata
         )
 
-    def risk(self, states: "torch.Tensor") -> list[float]:
-        """Risk (T,) of hidden states (T, F), the first of them at the end of the prompt."""
+    def risk(self, states: "torch.Tensor", prompt_length: int = 1) -> list[float]:
+        """Risk (T,) at the end of the prompt and at every response token.
+
+        Args:
+            states: hidden states (prompt_length - 1 + T, F) of the rendered prompt and the response after it.
+            prompt_length: tokens of the rendered prompt; T is 0 where `states` ends before it does.
+        """
         import torch
 
         with torch.inference_mode():
-            x = (states - self.tensors["mean"].to(states.device)) / self.tensors["scale"].to(states.device)
+            tensors = {name: tensor.to(states.device) for name, tensor in self.tensors.items()}
+            x = (states[prompt_length - 1 :] - tensors["mean"]) / tensors["scale"]
+            if not len(x):
+                return []
             count = torch.arange(1, len(x) + 1, device=x.device)[:, None]
-            parts = {name: x @ self.tensors[name].to(x.device).T for name in ("now", "average")}
-            prompt = self.tensors["prompt"].to(x.device) @ x[0] if len(x) else 0.0
-            hidden = parts["now"] + parts["average"].cumsum(0) / count + prompt + self.tensors["bias"].to(x.device)
-            logit = torch.nn.functional.gelu(hidden) @ self.tensors["out"].to(x.device) + self.tensors["out_bias"].to(
-                x.device
-            )
+            hidden = x @ tensors["now"].T + (x @ tensors["average"].T).cumsum(0) / count
+            hidden = hidden + tensors["prompt"] @ x[0] + tensors["bias"]
+            if "request" in tensors:
+                hidden += tensors["request"] @ ((states[:prompt_length].mean(0) - tensors["mean"]) / tensors["scale"])
+            units = torch.nn.functional.gelu(hidden)
+            logit = units @ tensors["out"] + tensors["out_bias"]
+            if "pooled" in tensors:
+                logit = logit + (units @ tensors["pooled"]).cumsum(0) / count[:, 0]
             return list(torch.sigmoid(logit).cpu().tolist())
