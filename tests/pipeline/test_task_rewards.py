@@ -1,7 +1,6 @@
 """Task rewards from the configuration to TRL: names, columns, errors, and every example of docs/rewards.md."""
 
 import json
-import math
 import re
 import sys
 import tomllib
@@ -233,11 +232,11 @@ def test_answers_reach_the_reward_through_trl_for_every_completion_of_their_prom
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    seen: list[tuple[str, Any]] = []
+    seen: list[Any] = []
     (term,) = TERMS.validate_python([{"type": "numeric"}])
     (reward,) = task_rewards([term], tokenizer)
     scorer = reward.scorer
-    reward.scorer = lambda text, answer: seen.append(("", answer)) or scorer(text, answer)
+    reward.scorer = lambda text, answer: seen.append(answer) or scorer(text, answer)
     rows = [
         {"prompt": [{"role": "user", "content": "3 + 4?"}], "kind": "ordinary", "answer": 7.0},
         {"prompt": [{"role": "user", "content": "Harm?"}], "kind": "harmful", "answer": None},
@@ -251,7 +250,5 @@ def test_answers_reach_the_reward_through_trl_for_every_completion_of_their_prom
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
     ).train()  # fmt: skip
     # Two completions of the ordinary prompt were scored against its answer, none of the harmful one.
-    assert [answer for _, answer in seen] == [7.0, 7.0]
-    assert sorted(math.nan if value is None else 0.0 for value in reward.last if value is None) == pytest.approx(
-        [math.nan] * 2, nan_ok=True
-    )
+    assert seen == [7.0, 7.0]
+    assert reward.last.count(None) == 2
