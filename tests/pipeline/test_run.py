@@ -129,7 +129,7 @@ def test_a_stage_is_refused_where_what_it_needs_was_made_with_another_configurat
     go(configured())
     changed = "align.epochs=5"
     for name in ("train", "evaluate", "report", "rollout"):
-        with pytest.raises(ConfigError, match=r"holds stage 'align' .*align\.epochs was 1\.0, is 5\.0"):
+        with pytest.raises(ConfigError, match=r"holds stage 'align' .*align\.epochs was [0-9.]+, is 5\.0"):
             go(configured(changed), [name])
     # `score` needs `rollout`, which needs `align`; the baseline needs neither.
     go(configured(), ["rollout", "score"])
