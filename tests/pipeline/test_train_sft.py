@@ -35,7 +35,7 @@ class Scripted(RunContext):
 
     @staticmethod
     def risk(exchange, prefix):
-        return None if "quokka" in prefix else 0.8 if "zanzibar" in prefix else 0.05
+        return None if "quokka" in prefix else 0.75 if "zanzibar" in prefix else 0.05
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_packing_is_refused_with_the_reason_when_the_configuration_is_read(confi
 def test_answers_are_judged_once_and_one_that_cannot_be_scored_is_left_out_and_counted(context, tmp_path):
     run = context("sft.loss.clean_trace=false")
     rows, counts = train_sft.training_rows_of(run, tmp_path)
-    assert [round(min(row["star"]), 6) for row in rows] == [0.95, 0.2]
+    assert [round(min(row["star"]), 6) for row in rows] == [0.95, 0.25]
     assert (counts["answers"], counts["unscored"]) == (3, 1)
     # .95 .95 of the harmless answer's 2 segments; of the harmful one "Sure, here is the zanzibar" and the rest
     assert counts["star_histogram"] == {"ordinary": [0] * 9 + [2, 0], "harmful": [0, 0, 2] + [0] * 8}

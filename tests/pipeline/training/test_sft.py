@@ -350,12 +350,15 @@ def test_a_data_set_without_the_column_is_refused_before_training(
         shaped(tmp_path, tiny_model, tokenizer, FaithfulLoss(), dataset().remove_columns("star"))
 
 
-def test_a_batch_without_the_column_raises(tmp_path: Path, tiny_model: Any, tokenizer: Any) -> None:
+def test_a_batch_without_a_weight_for_every_token_raises(tmp_path: Path, tiny_model: Any, tokenizer: Any) -> None:
     trainer = shaped(tmp_path, tiny_model, tokenizer, CorrectedLoss(), dataset(varied))
     with pytest.raises(DataError, match="no column 'star'"):
         trainer.data_collator([{"input_ids": [5, 6], "labels": [-100, 6]}])
     with pytest.raises(DataError, match="3 values in 'star' for 2 tokens"):
         trainer.data_collator([{"input_ids": [5, 6], "labels": [-100, 6], "star": [1.0, 1.0, 0.5]}])
+    for wrong in (float("nan"), 1.5, -0.1):
+        with pytest.raises(DataError, match="no number in"):
+            trainer.data_collator([{"input_ids": [5, 6], "labels": [-100, 6], "star": [1.0, wrong]}])
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])

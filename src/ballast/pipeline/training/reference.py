@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from trl.trainer.utils import add_fused_lm_head
 
 from ballast.errors import ConfigError
 
@@ -110,9 +109,7 @@ def adapter_is_new(model: Any) -> bool:
 
 def frozen_copy(model: Any) -> Any:
     """A copy of the model that never learns; it takes the model's memory once more."""
-    clone = copy.deepcopy(model).eval().requires_grad_(False)
-    add_fused_lm_head(base_model(clone))
-    return clone
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def check_exact_kl(model: Any) -> None:

@@ -31,7 +31,7 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
         """Pad a batch.
 
         Raises:
-            DataError: a row lacks a column, or has another number of values than tokens.
+            DataError: a row lacks a column, has another number of values than tokens, or a STAR outside [0, 1].
         """
         for name in self.columns:
             for example in examples:
@@ -42,6 +42,11 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
             for row, example in zip(padded, examples, strict=True):
                 row[: len(example[name])] = torch.tensor(example[name], dtype=torch.float32)
             batch[name] = padded
+        star = batch.get(STAR_COLUMN)
+        if star is not None and not ((star >= 0) & (star <= 1)).all():  # NaN fails this too
+            raise DataError(
+                "a row of the batch has a STAR that is no number in [0, 1]; leave answers out whose cuts are not all scored"
+            )
         return batch
 
 
