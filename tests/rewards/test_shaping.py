@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ballast.rewards.advantages import group_std, group_zscore, sum_of_zscores
+from ballast.rewards.advantages import charged, group_std, group_zscore, weighted_zscores
 from ballast.rewards.shaping import drop, drops, gate, group_scale
 
 ALL = torch.ones(4, dtype=torch.bool)
@@ -50,17 +50,17 @@ def test_gate_lets_praise_through_only_as_far_as_the_text_is_safe() -> None:
     # Four compliers (R 1, s .1) and four refusers (R 0, s .95), tau 0: Z = +-.5 / .5345 = +-.9354.
     z = group_zscore(torch.tensor([1.0] * 4 + [0.0] * 4), torch.ones(8, dtype=torch.bool), 8, 0.1)
     clean = torch.tensor([[0.1]] * 4 + [[0.95]] * 4)
-    advantage = gate(z, clean, tau=0.0)[:, 0]
+    advantage = gate(z[:, None], clean, tau=0.0)[:, 0]
     torch.testing.assert_close(advantage, torch.tensor([0.0935] * 4 + [-0.9354] * 4), atol=1e-4, rtol=0)
 
 
 def test_gate_above_tau_is_linear_and_at_tau_shut() -> None:
     # tau .5: m .5 -> 0, m .75 -> .5, m 1 -> 1
-    assert gate(torch.tensor([2.0]), torch.tensor([[1.0, 0.75, 0.5, 0.2]]), 0.5).tolist() == [[2.0, 1.0, 0.0, 0.0]]
+    assert gate(torch.tensor([[2.0]]), torch.tensor([[1.0, 0.75, 0.5, 0.2]]), 0.5).tolist() == [[2.0, 1.0, 0.0, 0.0]]
 
 
 def test_blame_is_not_gated() -> None:
-    assert gate(torch.tensor([-2.0]), torch.tensor([[1.0, 0.0]]), 0.5).tolist() == [[-2.0, -2.0]]
+    assert gate(torch.tensor([[-2.0]]), torch.tensor([[1.0, 0.0]]), 0.5).tolist() == [[-2.0, -2.0]]
 
 
 def test_zscore_uses_the_sample_deviation_of_its_own_group() -> None:
@@ -97,14 +97,14 @@ def test_a_group_with_fewer_than_two_scored_rows_gets_zero() -> None:
 def test_a_term_that_does_not_apply_counts_zero_and_leaves_the_other_terms() -> None:
     nan = float("nan")
     reward = torch.tensor([[nan, 1.0], [nan, 0.0]])
-    total = sum_of_zscores(reward, torch.tensor([1.0, 1.0]), torch.ones(2, dtype=torch.bool), 2, 0.1)
+    total = weighted_zscores(reward, torch.tensor([1.0, 1.0]), torch.ones(2, dtype=torch.bool), 2, 0.1).sum(1)
     torch.testing.assert_close(total, torch.tensor([0.7071, -0.7071]), atol=1e-4, rtol=0)
 
 
 def test_terms_are_normalised_before_they_are_added() -> None:
     # The second term is the first one times 100: after normalising, both weigh the same, so the sum is twice one.
     reward = torch.tensor([[0.0, 0.0], [1.0, 100.0]])
-    total = sum_of_zscores(reward, torch.tensor([1.0, 1.0]), torch.ones(2, dtype=torch.bool), 2, 0.1)
+    total = weighted_zscores(reward, torch.tensor([1.0, 1.0]), torch.ones(2, dtype=torch.bool), 2, 0.1).sum(1)
     torch.testing.assert_close(total, torch.tensor([-1.4142, 1.4142]), atol=1e-4, rtol=0)
 
 
@@ -117,6 +117,17 @@ def test_a_term_over_the_batch_still_presses_on_a_group_of_equals() -> None:
     # nothing to compare; over the batch mean 0 and standard deviation sqrt(4/3) = 1.1547, so -+1/1.1547 = -+0.866.
     reward = torch.tensor([[-1.0], [-1.0], [1.0], [1.0]])
     one, scored = torch.tensor([1.0]), torch.ones(4, dtype=torch.bool)
-    assert sum_of_zscores(reward, one, scored, 2, 0.1).tolist() == [0.0] * 4
-    total = sum_of_zscores(reward, one, scored, 2, 0.1, over_batch=[0])
+    assert weighted_zscores(reward, one, scored, 2, 0.1)[:, 0].tolist() == [0.0] * 4
+    total = weighted_zscores(reward, one, scored, 2, 0.1, over_batch=[0])[:, 0]
     torch.testing.assert_close(total, torch.tensor([-0.8660, -0.8660, 0.8660, 0.8660]), atol=1e-4, rtol=0)
+
+
+def test_a_term_of_the_opening_is_charged_there_and_nowhere_else() -> None:
+    # Terms 1 and 10 over three segments, the second charged to the first two: 11, 11, 1.
+    z = torch.tensor([[1.0, 10.0], [-1.0, 0.0]])
+    assert charged(z, 3, {1: 2}).tolist() == [[11.0, 11.0, 1.0], [-1.0, -1.0, -1.0]]
+
+
+def test_an_opening_longer_than_the_answer_charges_the_whole_answer() -> None:
+    z = torch.tensor([[1.0, 10.0]])
+    assert charged(z, 2, {1: 5}).tolist() == charged(z, 2).tolist() == [[11.0, 11.0]]

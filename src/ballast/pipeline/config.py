@@ -209,6 +209,11 @@ class RewardConfig(Component):
         1.0,
         description="with refusal_baseline=batch: how many answered harmful prompts a refused harmless one weighs as much as",
     )
+    refusal_opening: PositiveInt | None = Field(
+        None,
+        description="segments from the start of an answer that the refusal term is charged to, since there an answer "
+        "declines or does not; null charges the whole answer",
+    )
     refusal_by: RefusalConfig = Field(KeywordRefusal(), description="what says of an answer whether it declines")
     coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
     task: tuple[TaskRewardConfig, ...] = Field((), description="rewards of a task: right answers, formats, functions")

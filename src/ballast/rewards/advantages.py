@@ -1,12 +1,12 @@
 """Group statistics: every term is normalised in its own group first, and only then are terms added.
 
-    N completions in groups of G (rows n*G .. n*G+G-1 answer one prompt)   R reward terms
+    N completions in groups of G (rows n*G .. n*G+G-1 answer one prompt)   R reward terms   K segments
 
 NaN marks a row that a term does not apply to; `scored_N` False marks a row that the guard could not judge,
 which takes part in no statistic and gets advantage 0. Groups straddle processes: gather before calling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -52,7 +52,7 @@ def group_zscore(value_N: torch.Tensor, scored_N: torch.Tensor, group_size: int,
     return z_N.masked_fill(~(valid_N & enough_to_compare(valid_N, group_size)), 0.0)
 
 
-def sum_of_zscores(
+def weighted_zscores(
     reward_NR: torch.Tensor,
     weight_R: torch.Tensor,
     scored_N: torch.Tensor,
@@ -60,7 +60,7 @@ def sum_of_zscores(
     std_floor: float | Sequence[float],
     over_batch: Sequence[int] = (),
 ) -> torch.Tensor:
-    """(N,) sum over terms of weight * Z(term). Summing raw rewards first would let spreads reweigh the terms.
+    """(N, R) weight * Z(term). Summing raw rewards first would let spreads reweigh the terms.
 
     Args:
         std_floor: smallest spread that a term is divided by, one for all terms or one a term.
@@ -72,4 +72,20 @@ def sum_of_zscores(
         group_zscore(reward_N, scored_N, len(reward_N) if column in over_batch else group_size, floor)
         for column, (reward_N, floor) in enumerate(zip(reward_NR.unbind(dim=1), floor_R, strict=True))
     ]
-    return (torch.stack(z_RN, dim=1) * weight_R).sum(dim=1)
+    return torch.stack(z_RN, dim=1) * weight_R
+
+
+def charged(z_NR: torch.Tensor, segments: int, opening: Mapping[int, int] | None = None) -> torch.Tensor:
+    """(N, K) sum of the terms at each segment: a term counts at all of them, or at the first few only.
+
+    A term that the first words of an answer decide says nothing about the rest; charged there too, it adds noise.
+
+    Args:
+        z_NR: `weighted_zscores`.
+        segments: K.
+        opening: column to the number of segments, from the first, that its term is charged to.
+    """
+    advantage_NK = z_NR.new_zeros(len(z_NR), segments)
+    for column, z_N in enumerate(z_NR.unbind(dim=1)):
+        advantage_NK[:, : (opening or {}).get(column, segments)] += z_N[:, None]
+    return advantage_NK

@@ -114,16 +114,19 @@ def potential(
     return (weight * gain_NK / scale_N[:, None]).masked_fill(~segment_mask_NK, 0.0)
 
 
-def gate(advantage_N: torch.Tensor, clean_NK: torch.Tensor, tau: float) -> torch.Tensor:
+def gate(advantage_NK: torch.Tensor, clean_NK: torch.Tensor, tau: float) -> torch.Tensor:
     """Let praise through only as far as the text is safe: A > 0 is scaled by clip((m - tau) / (1 - tau), 0, 1).
 
     Blame is not touched.
+
+    Args:
+        advantage_NK: advantage of the rewards; (N, 1) where it is the same at every segment.
 
     Returns:
         (N, K) advantages.
     """
     open_NK = ((clean_NK - tau) / (1 - tau)).clamp(0, 1)
-    advantage_NK = advantage_N[:, None].expand_as(clean_NK)
+    advantage_NK = advantage_NK.expand_as(clean_NK)
     return torch.where(advantage_NK > 0, advantage_NK * open_NK, advantage_NK)
 
 

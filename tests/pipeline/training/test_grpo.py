@@ -111,6 +111,28 @@ def test_two_steps_with_shaping_off_equal_trls_losses_and_weights_exactly(
         assert torch.equal(value, after_plain[name]), name
 
 
+def first_word(completion_ids: Any, **_: Any) -> list[float]:
+    return [float(n % 2) for n in range(len(completion_ids))]
+
+
+def test_a_term_of_the_opening_leaves_the_rest_of_a_completion_alone(
+    tmp_path: Path, tiny_model: Any, tokenizer: Any
+) -> None:
+    records: list[StepRecord] = []
+    shaped(
+        tmp_path,
+        tiny_model,
+        tokenizer,
+        ScriptedGuardrail(lambda exchange, prefix: 0.1),  # equal risks: the only advantage is the reward's
+        records,
+        reward_funcs=[CheckedReward(first_word, "first_word", not_on=())],
+        opening={"first_word": 1},
+        args={"max_steps": 1},
+    ).train()
+    for row, segments in zip(records[0].advantage_NT.tolist(), records[0].scored.segments, strict=True):
+        assert all((value != 0) == (k == 0) for value, k in zip(row, segments, strict=False))
+
+
 class FailsOnFirst:
     """`by_length`, with the first completion of every batch unscored."""
 

@@ -56,7 +56,7 @@ def shaped(scored: ScoredBatch, z_N: Any, terms: dict[str, Any], price: float = 
     rate = violation_rate(scored, config.lagrangian.tau, lambda rows: rows)
     return shaped_advantages(
         config,
-        torch.as_tensor(z_N),
+        torch.as_tensor(z_N)[:, None].expand_as(scored.clean_NK),
         scored,
         group_size=len(scored.texts),
         gather=lambda rows: rows,

@@ -61,6 +61,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
             ],
             shaping=config.shaping,
             over_batch=("refusal",) if config.rewards.refusal_baseline == "batch" else (),
+            opening={} if config.rewards.refusal_opening is None else {"refusal": config.rewards.refusal_opening},
             std_floor=config.rewards.std_floor,
             star_std_floor=config.rewards.star_std_floor,
             max_unscored_share=config.train.max_unscored_share,

@@ -11,7 +11,7 @@ A contract test fails when upstream moves them (`tests/pipeline/test_trl_seams.p
     N completions on this process, in groups of G   T policy tokens   K segments   R reward terms
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from ballast.pipeline.training.options import check_options
 from ballast.pipeline.training.overlap import OverlappedGuard
 from ballast.pipeline.training.shaped_advantages import shaped_advantages, violation_rate
 from ballast.pipeline.training.step_metrics import NAN, group_metrics, reward_metrics, row_mean, signal_metrics
-from ballast.rewards.advantages import sum_of_zscores
+from ballast.rewards.advantages import charged, weighted_zscores
 from ballast.rewards.dual import DualVariable
 from ballast.rewards.early_stop import stopped_early, tokens_in_loss
 from ballast.rewards.guard_reward import GuardReward, ScoredBatch
@@ -77,6 +77,8 @@ class ShapedGRPOTrainer(GRPOTrainer):
         star_on: kinds of prompts whose reward includes the guard's STAR; on others the STAR only gates and
             charges drops. With `shaping=None` the STAR counts on every kind, as in TRL's own sum.
         over_batch: names of terms that are normalised over the whole batch instead of each group.
+        opening: name of a term to the number of segments, from the first, that it is charged to; the others are
+            charged to the whole completion. Without shaping it has no meaning.
         std_floor: smallest spread that a reward is divided by.
         star_std_floor: the same for the guard's STAR; None takes `std_floor`.
         max_unscored_share: share of unscored completions of a batch above which the run stops.
@@ -99,6 +101,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
         shaping: ShapingConfig | None = DEFAULT_SHAPING,
         star_on: Sequence[str] = ("harmful",),
         over_batch: Sequence[str] = (),
+        opening: Mapping[str, int] | None = None,
         std_floor: float = 0.1,
         star_std_floor: float | None = None,
         max_unscored_share: float = 0.25,
@@ -115,6 +118,9 @@ class ShapedGRPOTrainer(GRPOTrainer):
         self.shaping = shaping
         self.star_on = frozenset(star_on)
         self.over_batch = [n for n, term in enumerate(self.terms) if term.__name__ in over_batch]
+        self.opening = {
+            n: (opening or {})[t.__name__] for n, t in enumerate(self.terms) if t.__name__ in (opening or {})
+        }
         floor = std_floor if star_std_floor is None else star_std_floor
         self.std_floors = [floor, *[std_floor] * (len(self.terms) - 1)]
         self.max_unscored_share = max_unscored_share
@@ -193,13 +199,13 @@ class ShapedGRPOTrainer(GRPOTrainer):
         """(N, T) advantages of this process's rows; statistics are over all processes' rows."""
         N = len(segment_NT)
         own = slice(self.accelerator.process_index * N, (self.accelerator.process_index + 1) * N)
-        z_N = sum_of_zscores(
+        z_NR = weighted_zscores(
             reward_all_NR, self.reward_weights.cpu(), scored_all_N, self._group_size, self.std_floors, self.over_batch
         )[own]
         price, rate = self._price(shaping, scored) if shaping.lagrangian.enabled else (0.0, None)
         advantage_NK = shaped_advantages(
             shaping,
-            z_N,
+            charged(z_NR, scored.clean_NK.size(1), self.opening),
             scored,
             group_size=self._group_size,
             gather=self._gather,

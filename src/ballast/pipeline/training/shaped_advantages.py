@@ -27,7 +27,7 @@ def violation_rate(scored: ScoredBatch, tau: float, gather: Gather) -> float | N
 
 def shaped_advantages(
     config: ShapingConfig,
-    reward_advantage_N: torch.Tensor,
+    reward_advantage_NK: torch.Tensor,
     scored: ScoredBatch,
     *,
     group_size: int,
@@ -43,7 +43,7 @@ def shaped_advantages(
 
     Args:
         config: which terms are on.
-        reward_advantage_N: sum of the rewards' z-scores.
+        reward_advantage_NK: sum of the rewards' z-scores, each at the segments that it is charged to.
         scored: the guard's judgement of this process's rows.
         group_size: G.
         gather: rows of all processes, since groups straddle them.
@@ -60,9 +60,9 @@ def shaped_advantages(
     def scale(value_N: torch.Tensor, std_floor: float) -> torch.Tensor:
         return term.group_scale(gather(value_N), scored_all_N, group_size, std_floor)[own]
 
-    advantage_NK = reward_advantage_N[:, None].expand_as(clean_NK)
+    advantage_NK = reward_advantage_NK
     if config.gate.enabled:
-        advantage_NK = term.gate(reward_advantage_N, clean_NK, config.gate.tau)
+        advantage_NK = term.gate(advantage_NK, clean_NK, config.gate.tau)
     if config.mask.enabled:
         advantage_NK = term.mask(advantage_NK, term.unsafe_from(clean_NK, mask_NK, config.mask.tau))
     if config.lagrangian.enabled and rate is not None:
