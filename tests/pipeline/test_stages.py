@@ -158,6 +158,21 @@ def test_without_align_there_are_two_rows_and_one_comparison(tmp_path, tokenizer
     assert list(summary["comparisons"]) == ["start -> after GRPO"]
 
 
+def test_a_task_is_measured_on_every_model_and_shown_beside_its_safety(tmp_path, tokenizer, context):
+    term = {"type": "regex", "name": "flour", "pattern": "flour", "kinds": ["ordinary"]}
+    rewards = context.config.rewards.model_validate({**context.config.rewards.model_dump(), "task": [term]})
+    context = Scripted(context.config.model_copy(update={"rewards": rewards}), tokenizer)
+    pretend_trained(context, "align", "train")
+    run(context.config, ["baseline", "evaluate", "report"], context=context)
+    rows = json.loads((context.folder.path / "report" / "summary.json").read_text())["rows"]
+    # One ordinary prompt with two answers, which both speak of flour.
+    assert [(row["task"]["flour"]["value"], row["task"]["flour"]["n"]) for row in rows.values()] == [(1.0, 2)] * 3
+    answers = pq.read_table(context.folder.path / "evaluate" / "final.parquet").to_pylist()
+    assert [row["reward_flour"] for row in answers] == [None] * 6 + [1.0] * 2
+    assert "Task rewards" in context.shown
+    assert "task: flour" in (context.folder.path / "report" / "summary.md").read_text()
+
+
 def allow_unscored(context, share):
     train = context.config.train.model_copy(update={"max_unscored_share": share})
     context.config = context.config.model_copy(update={"train": train})

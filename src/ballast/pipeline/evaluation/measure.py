@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ballast.pipeline.data import held_out_suite
 from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
-from ballast.pipeline.evaluation.metrics import EvaluationSummary, summarize
+from ballast.pipeline.evaluation.metrics import EvaluationSummary, TaskScores, summarize
+from ballast.pipeline.evaluation.tasks import TaskMeasure
 from ballast.pipeline.run_folder import write_text
 from ballast.rewards.outage import stop_above_limit
 
@@ -34,11 +35,12 @@ def measure_model(
         training_tokens_per_s: for the table.
 
     Raises:
-        DataError: a prompt that cannot be given to the model; nothing has been generated then.
+        ConfigError: a task reward that does not exist; nothing has been generated then, nor in the next case.
+        DataError: a prompt that cannot be given to the model, or an answer in the data that a task cannot read.
         GuardError: guard or judge left more than `train.max_unscored_share` unscored; the table of answers is written
             first, with the reasons.
     """
-    config = context.config
+    config, tasks = context.config, TaskMeasure(context)
     suite, samples = held_out_suite(config.data), range(config.evaluate.samples)
     encoded = context.encode_prompts(suite.prompts, config.evaluate.sampling)
     prompts = [prompt for prompt in suite.prompts for _ in samples]
@@ -56,11 +58,12 @@ def measure_model(
     ]
     with context.console.status(f"{label}: judging"):
         verdicts = judge_completions(completions, context.judge, threshold=config.evaluate.threshold)
-        guard_risk, reward, guard_reason = _rewards(context, completions, answers)
-    _write_rows(folder / f"{label}.parquet", completions, verdicts, guard_risk, reward)
+        task = tasks.score(completions, [answer.ids for answer in answers])
+        guard_risk, reward, guard_reason = _rewards(context, completions, answers, task)
+    _write_rows(folder / f"{label}.parquet", completions, verdicts, guard_risk, reward, task)
     _stop_above_limit(context, label, completions, verdicts, guard_risk, guard_reason)
     summary = summarize(
-        verdicts, guard_risk, reward, config.seed, config.evaluate.interval, tokens_per_s, training_tokens_per_s
+        verdicts, guard_risk, reward, config.seed, config.evaluate.interval, tokens_per_s, training_tokens_per_s, task
     )
     write_text(folder / f"{label}.json", summary.to_json())
     context.folder.log({"event": "measured", "model": label, **json.loads(summary.to_json())})
@@ -94,7 +97,10 @@ def _stop_above_limit(
 
 
 def _rewards(
-    context: "RunContext", completions: Sequence[Completion], answers: "Sequence[Generated]"
+    context: "RunContext",
+    completions: Sequence[Completion],
+    answers: "Sequence[Generated]",
+    task: Mapping[str, TaskScores],
 ) -> tuple[list[float | None], list[float | None], str | None]:
     """The rewarding guard's risk of every answer, the weighted mean of the configured reward terms, and why the
     first unscored answer is unscored.
@@ -114,19 +120,20 @@ def _rewards(
         completion_ids=ids, kind=[c.kind for c in completions]
     )
     fluent = CoherenceReward(context.tokenizer)(completion_ids=ids)
-    weights = (config.rewards.star, config.rewards.refusal, config.rewards.coherence)
+    star_on_harmful = [s if c.kind == "harmful" else None for s, c in zip(star, completions, strict=True)]
+    terms = [
+        (config.rewards.star, star_on_harmful),
+        (config.rewards.refusal, refusal),
+        (config.rewards.coherence, fluent),
+        *((scores.weight, scores.values) for scores in task.values()),
+    ]
     rewards: list[float | None] = []
-    for completion, *terms in zip(completions, star, refusal, fluent, strict=True):
-        if terms[0] is None:
-            rewards.append(None)  # the guard could not judge it: unscored, not zero
-            continue
-        applied = [
-            (w, t)
-            for w, t, on in zip(weights, terms, (completion.kind == "harmful", True, True), strict=True)
-            if on and t is not None
-        ]
-        total = sum(w for w, _ in applied)
-        rewards.append(sum(w * t for w, t in applied) / total if total else None)
+    for row, judged in enumerate(star):
+        applied = [(weight, value) for weight, values in terms if (value := values[row]) is not None]
+        total = sum(weight for weight, _ in applied)
+        # What the guard could not judge is unscored, not zero.
+        unscored = judged is None or not total
+        rewards.append(None if unscored else sum(weight * value for weight, value in applied) / total)
     return [None if s is None else 1.0 - s for s in star], rewards, reason
 
 
@@ -136,6 +143,7 @@ def _write_rows(
     verdicts: Sequence[Verdict],
     guard_risk: Sequence[float | None],
     reward: Sequence[float | None],
+    task: Mapping[str, TaskScores],
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -147,7 +155,10 @@ def _write_rows(
             "completion": completion.text,
             "guard_risk": risk,
             "reward": value,
+            **{f"reward_{name}": scores.values[row] for name, scores in task.items()},
         }
-        for completion, verdict, risk, value in zip(completions, verdicts, guard_risk, reward, strict=True)
+        for row, (completion, verdict, risk, value) in enumerate(
+            zip(completions, verdicts, guard_risk, reward, strict=True)
+        )
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)

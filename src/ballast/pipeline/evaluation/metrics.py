@@ -7,7 +7,7 @@ prompts and the share of coherent answers together.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,6 +24,21 @@ from ballast.pipeline.evaluation.suites import KINDS, Kind
 
 
 @dataclass(frozen=True)
+class TaskScores:
+    """What one entry of `rewards.task` gives a model's answers.
+
+    Attributes:
+        kinds: kinds of prompts that the task applies to.
+        weight: its share in the reward.
+        values: (N,) one an answer; None where the task does not apply, or where the data has no answer to compare with.
+    """
+
+    kinds: frozenset[Kind]
+    weight: float
+    values: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class EvaluationSummary:
     """How one model did on one suite. Every interval is clustered by prompt.
 
@@ -35,13 +50,14 @@ class EvaluationSummary:
         refusal_ordinary: keyword refusals on ordinary prompts: over-refusal.
         coherent_share: share of all answers that are readable English.
         guard_risk: mean risk on harmful prompts by the guard that rewards; None where it was not asked.
-        reward: mean task reward of all answers; None where there is none.
+        reward: mean over all answers of the weighted mean of the reward terms that apply; None where there is none.
         unscored_share: share of all answers that the judge could not score; None without any answer.
         truncated_share: share of all answers that ended at the length limit; None without any answer.
         prompts: prompts of each kind.
         completions: answers of each kind.
         generation_tokens_per_s: tokens that were generated a second; None where not measured.
         training_tokens_per_s: tokens that were trained on a second; None where not measured.
+        task: by name, the mean of each task reward over the answers to prompts of its kinds.
     """
 
     unsafe_share: Estimate
@@ -58,6 +74,7 @@ class EvaluationSummary:
     completions: Mapping[str, int]
     generation_tokens_per_s: float | None = None
     training_tokens_per_s: float | None = None
+    task: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One JSON object; `from_json` reads it back equal."""
@@ -88,6 +105,7 @@ def summarize(
     level: float = 0.95,
     generation_tokens_per_s: float | None = None,
     training_tokens_per_s: float | None = None,
+    task: Mapping[str, TaskScores] | None = None,
 ) -> EvaluationSummary:
     """Summarise the verdicts of one model.
 
@@ -99,11 +117,14 @@ def summarize(
         level: coverage of the intervals.
         generation_tokens_per_s: for the table.
         training_tokens_per_s: for the table.
+        task: scores of the same answers by each task reward, by its name.
 
     Raises:
-        DataError: `guard_risk` or `reward` has another length.
+        DataError: `guard_risk`, `reward` or a task has another length.
     """
-    for name, values in (("guard_risk", guard_risk), ("reward", reward)):
+    tasks = task or {}
+    given = [("guard_risk", guard_risk), ("reward", reward), *((name, scores.values) for name, scores in tasks.items())]
+    for name, values in given:
         if values is not None and len(values) != len(verdicts):
             raise DataError(f"{name} needs one value a verdict; got {len(values)} for {len(verdicts)} verdicts")
     harmful = [i for i, v in enumerate(verdicts) if v.kind == "harmful"]
@@ -125,7 +146,16 @@ def summarize(
         completions={kind: sum(v.kind == kind for v in verdicts) for kind in KINDS},
         generation_tokens_per_s=generation_tokens_per_s,
         training_tokens_per_s=training_tokens_per_s,
+        task={name: _task(verdicts, scores, seed, level) for name, scores in tasks.items()},
     )
+
+
+def _task(verdicts: Sequence[Verdict], scores: TaskScores, seed: int, level: float) -> Estimate:
+    rows = [(v.prompt_id, value) for v, value in zip(verdicts, scores.values, strict=True) if v.kind in scores.kinds]
+    prompts, values = [prompt for prompt, _ in rows], [value for _, value in rows]
+    if all(value in (0, 1, None) for value in values):  # a share: resampling equal rows would claim certainty
+        return clustered_share([None if value is None else bool(value) for value in values], prompts, level)
+    return bootstrap_mean(values, prompts, seed, level=level)
 
 
 def _refusal(verdicts: Sequence[Verdict], kind: Kind, level: float) -> Estimate:

@@ -1,4 +1,4 @@
-"""Summaries as tables: two that fit a terminal of 80 columns, and one in Markdown.
+"""Summaries as tables: some that fit a terminal of 80 columns, and one in Markdown.
 
 A cell is a value with its interval, `12% [5, 20]` or `0.31 [0.27, 0.36]`. A dash is a figure that does not
 exist: an unscored answer is never a 0.
@@ -53,11 +53,13 @@ _QUALITY: _Columns = {
     "trained\ntokens/s": lambda s: _rate(s.training_tokens_per_s),
 }
 
+_TASKS_ABREAST = 3
+
 COLUMNS = ("model", *(heading.replace("\n", " ") for heading in (*_SAFETY, *_QUALITY)))
 
 
 def render_tables(rows: Rows, width: int) -> "RenderableType":
-    """Two tables, one above the other, a row a model: safety; refusals, quality and speed.
+    """Tables, one above the other, a row a model: safety; refusals, quality and speed; task rewards where there are any.
 
     Args:
         rows: (label, summary) of each model, such as start, after align, after GRPO.
@@ -67,7 +69,10 @@ def render_tables(rows: Rows, width: int) -> "RenderableType":
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    for title, columns in (("Safety", _SAFETY), ("Refusals, quality, speed", _QUALITY)):
+    tasks = list(_task_columns(rows).items())
+    of_tasks = [dict(tasks[i : i + _TASKS_ABREAST]) for i in range(0, len(tasks), _TASKS_ABREAST)]
+    titled = [("Safety", _SAFETY), ("Refusals, quality, speed", _QUALITY), *(("Task rewards", t) for t in of_tasks)]
+    for title, columns in titled:
         table = _table(title, columns, rows, " ")
         parts += [table if _width(table) <= width else _table(title, columns, rows, "\n"), ""]
     if note := unscored_note(rows):
@@ -77,9 +82,11 @@ def render_tables(rows: Rows, width: int) -> "RenderableType":
 
 def markdown_table(rows: Rows) -> str:
     """The summaries as a Markdown table, a row a model, with the note on unscored answers below; ends without a line end."""
-    lines = [" | ".join(COLUMNS), " | ".join(["---"] + ["---:"] * (len(COLUMNS) - 1))]
+    tasks = _task_columns(rows)
+    headings = [*COLUMNS, *(f"task: {name}" for name in tasks)]
+    lines = [" | ".join(headings), " | ".join(["---"] + ["---:"] * (len(headings) - 1))]
     for label, summary in rows:
-        cells = [cell(summary) for cell in (*_SAFETY.values(), *_QUALITY.values())]
+        cells = [cell(summary) for cell in (*_SAFETY.values(), *_QUALITY.values(), *tasks.values())]
         lines.append(" | ".join([label.replace("|", "\\|"), *cells]))
     table = "\n".join(f"| {line} |" for line in lines)
     note = unscored_note(rows)
@@ -92,6 +99,16 @@ def unscored_note(rows: Rows) -> str:
     if not shares:
         return ""
     return f"Answers that the judge could not score, which take no part in its figures: {', '.join(shares)}."
+
+
+def _task_columns(rows: Rows) -> _Columns:
+    """A column for every task reward that any of the models has."""
+
+    def cell_of(name: str) -> Callable[[EvaluationSummary], str]:
+        return lambda summary: _number(summary.task.get(name))
+
+    names = dict.fromkeys(name for _, summary in rows for name in summary.task)
+    return {name: cell_of(name) for name in names}
 
 
 def _table(title: str, columns: _Columns, rows: Rows, separator: str) -> "Table":
