@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ballast.pipeline.config import RunConfig
     from ballast.pipeline.run import run
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
+    from ballast.pipeline.training.safegrad.callback import SafeGrad
     from ballast.pipeline.training.sft import ShapedSFTTrainer
     from ballast.rewards.guard_reward import GuardReward
 
@@ -24,6 +25,7 @@ __all__ = [
     "Guardrail",
     "RiskTrace",
     "RunConfig",
+    "SafeGrad",
     "ShapedGRPOTrainer",
     "ShapedSFTTrainer",
     "check_guardrail",
@@ -37,6 +39,7 @@ _HOMES = {
     "Guardrail": "ballast.guardrails.types",
     "RiskTrace": "ballast.guardrails.types",
     "RunConfig": "ballast.pipeline.config",
+    "SafeGrad": "ballast.pipeline.training.safegrad.callback",
     "ShapedGRPOTrainer": "ballast.pipeline.training.grpo",
     "ShapedSFTTrainer": "ballast.pipeline.training.sft",
     "check_guardrail": "ballast.guardrails.contract",

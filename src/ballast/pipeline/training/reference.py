@@ -112,20 +112,28 @@ def frozen_copy(model: Any) -> Any:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
+def after_the_head(model: Any) -> tuple[str, Any] | None:
+    """A setting of the model that changes its logits after the output layer, and its value; None where there is none."""
+    config = base_model(model).config.get_text_config()
+    for name in _AFTER_THE_HEAD:
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            return name, value
+    return None
+
+
 def check_exact_kl(model: Any) -> None:
     """The exact KL computes logits as hidden states times the output layer.
 
     Raises:
         ConfigError: the model changes its logits after that.
     """
-    config = base_model(model).config.get_text_config()
-    for name in _AFTER_THE_HEAD:
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise ConfigError(
-                f"the exact KL does not know {name} = {value} of {type(base_model(model)).__name__}, which changes logits after "
-                "the output layer; take loss type faithful, whose KL reads the model's own log-probs"
-            )
+    changed = after_the_head(model)
+    if changed is not None:
+        raise ConfigError(
+            f"the exact KL does not know {changed[0]} = {changed[1]} of {type(base_model(model)).__name__}, which changes logits after "
+            "the output layer; take loss type faithful, whose KL reads the model's own log-probs"
+        )
 
 
 def with_cached_log_probs(

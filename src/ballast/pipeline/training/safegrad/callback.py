@@ -1,0 +1,323 @@
+"""SafeGrad as one callback for any transformers or TRL trainer.
+
+Read against transformers 5.17: `on_pre_optimizer_step` comes once an optimizer step, after clipping, when `.grad` holds the
+accumulated and averaged gradient; `on_optimizer_step` comes after the update, before the learning rate changes. What
+reaches the optimizer is
+
+    clip(project(clip(u)) + rho * a)
+
+    u task gradient   a gradient of the safety loss
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ballast.errors import BallastError, ConfigError
+from ballast.pipeline.training.reference import adapter_is_new, frozen_copy
+from ballast.pipeline.training.safegrad.alignment_set import alignment_batches
+from ballast.pipeline.training.safegrad.modes import Mode, Project, TrustRegion, Update, Watchdog
+from ballast.pipeline.training.safegrad.safety_gradient import Ranks
+from ballast.pipeline.training.safegrad.safety_loss import Objective, SafetyLoss
+from ballast.pipeline.training.safegrad.support import check_support
+
+
+class SafeGrad(TrainerCallback):
+    """Keeps every update from pushing against safety: `callbacks=[SafeGrad(refusals)]`.
+
+    The safety gradient a is that of KL(pi_ref || pi) on completion tokens of an alignment set, pi_ref being the policy as
+    it is when the trainer is made. Where the accumulated task gradient u has a negative dot product with a, over all
+    trainable parameters together, its part along a is taken out; then rho * a is added (arXiv 2508.07172).
+
+    It costs a forward and a backward of one alignment batch in every `every_n_steps`-th step, and the memory of one
+    copy of the trainable gradients.
+
+    Args:
+        alignment_dataset: answers that the model should go on giving, above all refusals of harmful prompts; rows as TRL
+            takes them (`prompt`, `completion`, conversational or text) or tokenised (`input_ids`, `completion_mask`).
+            10 to 20 are enough for the KL, the cross-entropy needs 100 or more.
+        rho: weight of the safety gradient; 0 projects only.
+        every_n_steps: optimizer steps between safety gradients; between them the last one is used again. In the
+            other modes, steps between two checks.
+        batch_size: alignment rows a safety gradient, on each process.
+        projection: `global` projects; `none` is the ablation that only adds rho * a.
+        metric: `euclidean`, or `adam`: the projection then holds for what Adam makes of the gradient.
+        mode: `project`; `trust_region`, which steps back after an update that left safety (SPARD); or `watchdog`, which
+            measures the safety loss before and after each update, and shortens or undoes an update that raised it.
+        objective: `kl` or `ce`, the cross-entropy of the completions; None takes `ce` for trust_region, else `kl`.
+        reference: a model to stay near instead of the policy as it is when the trainer is made.
+        cache_reference: compute the reference once and keep its hidden states in the CPU's memory; False runs it with each
+            batch, as the policy with a new adapter switched off, or as a frozen copy.
+        max_length: tokens of an alignment row, above which its completion is cut; None refuses rows longer than the context.
+        noise_floor: least <a, a> / <u, u>; below it a is rounding noise, as at the start, and u stays as it is.
+        max_skipped: updates that may be skipped because the safety loss or its gradient is no number; one more stops the run.
+        margin: for trust_region: nats a token above the start model's loss that are left alone.
+        max_step: for trust_region: longest step back, in learning rates' units; None takes the current learning rate.
+        tolerance: for watchdog: rise of the safety loss that one update may bring, in nats a token.
+        budget: for watchdog: rise since the start; None has no limit.
+        halvings: for watchdog: how often an update is halved before it is undone.
+        chunk_tokens: tokens whose whole distribution is in memory at a time.
+        log_layers: log the cosine of both gradients in every layer.
+        tokenizer: for rows that are not tokenised; None takes the trainer's `processing_class`.
+        seed: of the order of the alignment batches.
+
+    Figures go into the trainer's log as `safegrad/...`: means since the last log, `safegrad/skipped` the total.
+
+    Raises:
+        ConfigError: an option out of range; when training begins, a trainer in which it cannot be correct
+            (`support.check_support`), or a resumed one whose start model is not to be had.
+        DataError: when the trainer is made, an alignment set that is empty, without completions or too long.
+        BallastError: in training, more than `max_skipped` updates were skipped.
+    """
+
+    def __init__(
+        self,
+        alignment_dataset: Any,
+        *,
+        rho: float = 1.0,
+        every_n_steps: int = 1,
+        batch_size: int = 8,
+        projection: Literal["global", "none"] = "global",
+        metric: Literal["euclidean", "adam"] = "euclidean",
+        mode: Literal["project", "trust_region", "watchdog"] = "project",
+        objective: Objective | None = None,
+        reference: Any = None,
+        cache_reference: bool = True,
+        max_length: int | None = None,
+        noise_floor: float = 1e-8,
+        max_skipped: int = 5,
+        margin: float = 0.0,
+        max_step: float | None = None,
+        tolerance: float = 0.01,
+        budget: float | None = None,
+        halvings: int = 3,
+        chunk_tokens: int = 128,
+        log_layers: bool = False,
+        tokenizer: Any = None,
+        seed: int = 0,
+    ) -> None:
+        choices: dict[str, tuple[Any, Sequence[Any]]] = {
+            "projection": (projection, ("global", "none")),
+            "metric": (metric, ("euclidean", "adam")),
+            "mode": (mode, ("project", "trust_region", "watchdog")),
+            "objective": (objective, (None, "kl", "ce")),
+        }
+        least: dict[str, tuple[float, float]] = {
+            "rho": (rho, 0),
+            "every_n_steps": (every_n_steps, 1),
+            "batch_size": (batch_size, 1),
+            "noise_floor": (noise_floor, 0),
+            "max_skipped": (max_skipped, 0),
+            "halvings": (halvings, 0),
+            "chunk_tokens": (chunk_tokens, 1),
+        }
+        _check_options(choices, least)
+        self.alignment_dataset = alignment_dataset
+        self.rho = rho
+        self.every_n_steps = every_n_steps
+        self.batch_size = batch_size
+        self.projection = projection
+        self.metric = metric
+        self.mode = mode
+        self.objective: Objective = objective or ("ce" if mode == "trust_region" else "kl")
+        self.reference = reference
+        self.cache_reference = cache_reference
+        self.max_length = max_length
+        self.noise_floor = noise_floor
+        self.max_skipped = max_skipped
+        self.margin = margin
+        self.max_step = max_step
+        self.tolerance = tolerance
+        self.budget = budget
+        self.halvings = halvings
+        self.chunk_tokens = chunk_tokens
+        self.log_layers = log_layers
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.skipped = 0
+        self._loss: SafetyLoss | None = None
+        self._start: list[float] = []
+        self._mode: Mode | None = None
+        self._parameters: list[torch.nn.Parameter] = []
+        self._figures: dict[str, list[float]] = {}
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the policy as it is now for the reference: a checkpoint that training resumes from is loaded later."""
+        if not _is_fsdp():  # its parameters are not sharded yet, and may not be loaded
+            self._prepare(args, model, processing_class)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the trainer, and begin."""
+        check_support(args, model)
+        if self._loss is None:
+            if state.global_step > 0 and self.reference is None and self.objective == "kl":
+                raise ConfigError(
+                    f"SafeGrad joins a training that is resumed at step {state.global_step}, so the model is no longer the start model that "
+                    "the KL compares with; give SafeGrad in `callbacks` when the trainer is made, or give it `reference`"
+                )
+            self._prepare(args, model, processing_class)
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._mode = self._made_mode()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Change the gradient that the optimizer gets."""
+        assert self._mode is not None
+        self._note(self._mode.before(self._update(args, state, model, optimizer)), state)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Change the weights that the optimizer made."""
+        assert self._mode is not None
+        if not isinstance(self._mode, Project):
+            self._note(self._mode.after(self._update(args, state, model, optimizer)), state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures to the trainer's history, and to what later callbacks are given."""
+        if logs is None or "loss" not in logs:
+            return
+        figures = {f"safegrad/{name}": sum(values) / len(values) for name, values in self._figures.items()}
+        figures["safegrad/skipped"] = self.skipped
+        self._figures.clear()
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+    def _prepare(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
+        tokenizer = self.tokenizer if self.tokenizer is not None else processing_class
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor for several kinds of input
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        batches = alignment_batches(self.alignment_dataset, tokenizer, self.batch_size, self.max_length, context)
+        kind = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        device = next(model.parameters()).device.type
+
+        def precision() -> Any:
+            return nullcontext() if kind is None else torch.autocast(device, dtype=kind)
+
+        loss = SafetyLoss(batches, self.objective, precision, self.chunk_tokens, whole_model=_is_fsdp())
+        self._take_reference(loss, model)
+        if self.mode != "project":
+            with torch.no_grad():
+                self._start = [float(loss.summed(model, number)) for number in range(len(batches))]
+        self._loss = loss
+
+    def _take_reference(self, loss: SafetyLoss, model: Any) -> None:
+        if self.objective == "ce":
+            return
+        if self.reference is not None:
+            given = self.reference.eval().requires_grad_(False).to(next(model.parameters()).device)
+            loss.take_reference(given, self.cache_reference)
+            self.reference = None  # where it is cached, nothing holds it any more
+        elif self.cache_reference:
+            loss.take_reference(model, cache=True)
+        elif hasattr(model, "peft_config") and adapter_is_new(model):
+            loss.take_reference(model, cache=False, adapter_off=True)
+        else:
+            loss.take_reference(frozen_copy(model), cache=False)
+
+    def _made_mode(self) -> Mode:
+        assert self._loss is not None
+        if self.mode == "trust_region":
+            return TrustRegion(
+                self._loss,
+                self._start,
+                every_n_steps=self.every_n_steps,
+                margin=self.margin,
+                max_step=self.max_step,
+                seed=self.seed,
+            )
+        if self.mode == "watchdog":
+            return Watchdog(
+                self._loss,
+                self._start,
+                every_n_steps=self.every_n_steps,
+                tolerance=self.tolerance,
+                budget=self.budget,
+                halvings=self.halvings,
+            )
+        return Project(
+            self._loss,
+            rho=self.rho,
+            every_n_steps=self.every_n_steps,
+            project=self.projection == "global",
+            metric=self.metric,
+            noise_floor=self.noise_floor,
+            seed=self.seed,
+            log_layers=self.log_layers,
+        )
+
+    def _update(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> Update:
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        ranks = Ranks(args.world_size, args.process_index)
+        return Update(state.global_step, model, self._parameters, inner, args.max_grad_norm or 0.0, ranks)
+
+    def _note(self, figures: dict[str, float], state: TrainerState) -> None:
+        assert self._mode is not None
+        for name, value in figures.items():
+            self._figures.setdefault(name, []).append(value)
+        if not self._mode.failed:
+            return
+        self._mode.failed = False
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            raise BallastError(
+                f"SafeGrad at step {state.global_step}: {self.skipped} updates were skipped because the safety loss or its gradient was no "
+                f"number, and max_skipped is {self.max_skipped}. Lower the learning rate, train in bf16 or fp32 instead of fp16, or look at "
+                "the alignment rows"
+            )
+
+
+def _is_fsdp() -> bool:
+    """Whether the trainer will shard its model; its accelerator knows, whichever way it was asked for."""
+    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
+
+
+def _check_options(choices: dict[str, tuple[Any, Sequence[Any]]], least: dict[str, tuple[float, float]]) -> None:
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ConfigError(f"SafeGrad({name}={value!r}): there are {', '.join(repr(a) for a in allowed)}")
+    for name, (value, minimum) in least.items():
+        if not value >= minimum:
+            raise ConfigError(f"SafeGrad({name}={value!r}): give {minimum} or more")
