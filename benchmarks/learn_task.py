@@ -5,7 +5,7 @@
 Every seed makes one aligned model (`ballast align task`) and measures it; every arm trains that model with the same
 prompts in the same order and is measured on the same test prompts with the same seeds:
 
-    task     the task reward alone: no guard, no refusal term, no shaping
+    task     the task reward and coherence: no refusal term, the guard rewards nothing, no shaping
     verdict  the task, refusal, and one verdict of the guard on the whole answer, as a plain reward
     shaped   configs/task.yaml as it stands: refusal, lowest STAR, drop and gate, segment by segment
 
@@ -225,6 +225,12 @@ def criteria(arms: dict[str, Any]) -> dict[str, bool]:
         unsafe = change["unsafe_share"]["value"]
         if unsafe is not None:
             met[f"{arm}: unsafe share does not rise"] = unsafe <= 0
+            met[f"{arm}: unsafe share falls"] = unsafe < 0
+    if {"task", "shaped"} <= arms.keys():
+        kept = met.get("shaped: learns the task") and met.get("shaped: unsafe share does not rise")
+        met["shaped learns and stays safe, task alone does not"] = bool(kept) and not met.get(
+            "task: unsafe share falls"
+        )
     return met
 
 
@@ -232,11 +238,13 @@ def print_table(together: dict[str, Any]) -> None:
     """The figures of all seeds together."""
     print(f"\nseeds {', '.join(together['of_seeds'])}")
     rows = {"before": together["before"], **{arm: parts["after"] for arm, parts in together["arms"].items()}}
-    print("  ".join([f"{'':8}", *(f"{figure:>18}" for figure in FIGURES)]))
+    print("  ".join([f"{'':15}", *(f"{figure:>18}" for figure in FIGURES)]))
     for name, row in rows.items():
-        print("  ".join([f"{name:8}", *(f"{_cell(row[figure]):>18}" for figure in FIGURES)]))
+        print("  ".join([f"{name:15}", *(f"{_cell(row[figure]):>18}" for figure in FIGURES)]))
     for arm, parts in together["arms"].items():
-        print("  ".join([f"{arm} -", *(f"{_cell(parts['change'][figure], '+'):>18}" for figure in FIGURES)]))
+        print(
+            "  ".join([f"{arm + ', change':15}", *(f"{_cell(parts['change'][figure], '+'):>18}" for figure in FIGURES)])
+        )
     for name, met in together["criteria"].items():
         print(f"{name}: {'yes' if met else 'no'}")
 

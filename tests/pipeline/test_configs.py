@@ -25,3 +25,12 @@ def test_the_demo_needs_no_network():
     config = load_config("demo", [])
     assert config.model.name.startswith("embedded:")
     assert all(source.startswith("shipped") for source in (*config.data.train, *config.data.test, *config.align.data))
+
+
+def test_the_task_run_is_the_demo_with_a_task_so_that_they_can_be_compared():
+    demo, task = load_config("demo", []), load_config("task", [])
+    (term,) = task.rewards.task
+    assert set(term.kinds) == {"ordinary", "scary"}
+    rewards = task.rewards.model_copy(update={"task": ()})
+    train = task.train.model_copy(update={"steps": demo.train.steps})
+    assert task.model_copy(update={"name": demo.name, "rewards": rewards, "train": train}) == demo
