@@ -33,6 +33,7 @@ from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
 from ballast.pipeline.config_base import Component, LoraConfig, Names
 from ballast.pipeline.config_rewards import GuardRefusal, KeywordRefusal, RefusalConfig, TaskRewardConfig, check_names
+from ballast.pipeline.config_safe_updates import SafeGradConfig
 from ballast.pipeline.config_sft import SFTConfig
 from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig, refuse_wrong_options
 from ballast.pipeline.evaluation.suites import Kind
@@ -338,6 +339,7 @@ class RunConfig(Component):
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     sft: SFTConfig = Field(SFTConfig(), description="counts where train.method is sft")
+    safegrad: SafeGradConfig = SafeGradConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")

@@ -55,10 +55,10 @@ STAGES: dict[str, Stage] = {
     "score": Stage(needs=("rollout",), reads=("prompting", "guard", "segments", "shaping"), in_run=False),
     "train": Stage(
         needs=("align",),
-        reads=(*_POLICY, "align", "generation", "guard", "segments", "shaping", "rewards", "train"),
+        reads=(*_POLICY, "align", "generation", "guard", "segments", "shaping", "rewards", "train", "safegrad"),
         data=_TRAINING,
     ),
-    "evaluate": Stage(needs=("align", "train"), reads=(*_MEASURED, "align", "train"), data=("data.test",)),
+    "evaluate": Stage(needs=("align", "train"), reads=(*_MEASURED, "align", "train", "safegrad"), data=("data.test",)),
     "report": Stage(needs=("baseline", "evaluate"), reads=("evaluate",), repeats=True),
 }
 
@@ -106,6 +106,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     stage = STAGES[name]
     needs = tuple(need for need in stage.needs if need != "align" or config.align.enabled)
     stage = replace(stage, needs=needs, in_run=stage.in_run and (name != "align" or config.align.enabled))
+    if name == "train" and config.safegrad.enabled:
+        stage = replace(stage, data=(*stage.data, "safegrad.data"))
     if config.train.method != "sft":
         return stage
     rollouts = config.sft.rows == "rollouts"
@@ -115,7 +117,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
         case "train" if rollouts:
             return replace(stage, needs=(*needs, "score"), reads=(*stage.reads, "sft"), module="train_sft")
         case "train":
-            return replace(stage, reads=(*stage.reads, "sft"), data=("sft.data", "data.test"), module="train_sft")
+            data = ("sft.data", *(key for key in stage.data if key != "data.train"))
+            return replace(stage, reads=(*stage.reads, "sft"), data=data, module="train_sft")
         case "evaluate":
             return replace(stage, reads=(*stage.reads, "sft"))
         case _:
@@ -197,6 +200,8 @@ def _check_parts(context: RunContext, names: Sequence[str]) -> None:
         _warn_of_licence(context)
         if context.config.train.method == "grpo":
             _check_rewards(context)
+        if context.config.safegrad.enabled:
+            _check_alignment_rows(context)
 
 
 def _check_rewards(context: RunContext) -> None:
@@ -212,6 +217,13 @@ def _check_rewards(context: RunContext) -> None:
     refusal_detector(config.rewards, config.train)
     if columns := columns_read(config.rewards.task):
         training_rows(config.data, config.seed, columns)
+
+
+def _check_alignment_rows(context: RunContext) -> None:
+    """SafeGrad's rows are there, have answers, and are none of the test prompts."""
+    from ballast.pipeline.training.safegrad.configured import safegrad_rows
+
+    safegrad_rows(context.config)
 
 
 def _warn_of_licence(context: RunContext) -> None:

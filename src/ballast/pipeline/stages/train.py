@@ -30,6 +30,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from ballast.pipeline.training.completions import CompletionsTable
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
     from ballast.pipeline.training.merge import save_merged
+    from ballast.pipeline.training.safegrad.configured import safegrad_callbacks
     from ballast.pipeline.training.weight_sync import shared_engine
     from ballast.rewards.guard_reward import GuardReward
     from ballast.rewards.terms import CoherenceReward, RefusalReward, load_reward_function
@@ -70,7 +71,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=peft_config(config.train.lora),
-            callbacks=[MetricsCallback(context, "train")],
+            callbacks=[*safegrad_callbacks(context), MetricsCallback(context, "train")],
         )
     quiet(trainer)
     context.forget_weights()

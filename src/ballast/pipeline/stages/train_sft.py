@@ -35,6 +35,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
     from ballast.pipeline.training.callbacks import MetricsCallback
     from ballast.pipeline.training.merge import save_merged
+    from ballast.pipeline.training.safegrad.configured import safegrad_callbacks
     from ballast.pipeline.training.sft import ShapedSFTTrainer
 
     check_one_device()
@@ -50,7 +51,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
             progress=done,
             processing_class=context.tokenizer,
             peft_config=peft_config(settings.lora),
-            callbacks=[MetricsCallback(context, "train")],
+            callbacks=[*safegrad_callbacks(context), MetricsCallback(context, "train")],
         )
     quiet(trainer)
     started = time.perf_counter()
