@@ -11,8 +11,8 @@ from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import dump_config, load_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.run import _check_parts, stage_of, stage_settings
+from ballast.pipeline.safe_updates import safegrad_callbacks
 from ballast.pipeline.stages import train_sft
-from ballast.pipeline.training.safegrad.configured import safegrad_callbacks
 
 ROWS = [
     {"prompt": "How do I bake bread?", "kind": "ordinary", "response": "Mix flour with water and salt, then bake it."},

@@ -221,7 +221,7 @@ def _check_rewards(context: RunContext) -> None:
 
 def _check_alignment_rows(context: RunContext) -> None:
     """SafeGrad's rows are there, have answers, and are none of the test prompts."""
-    from ballast.pipeline.training.safegrad.configured import safegrad_rows
+    from ballast.pipeline.safe_updates import safegrad_rows
 
     safegrad_rows(context.config)
 

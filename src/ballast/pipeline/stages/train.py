@@ -26,11 +26,11 @@ def run_stage(context: RunContext, folder: Path) -> None:
     """Train the adapter, then write adapter, merged model and completions."""
     from datasets import Dataset
 
+    from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.training.callbacks import MetricsCallback
     from ballast.pipeline.training.completions import CompletionsTable
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
     from ballast.pipeline.training.merge import save_merged
-    from ballast.pipeline.training.safegrad.configured import safegrad_callbacks
     from ballast.pipeline.training.weight_sync import shared_engine
     from ballast.rewards.guard_reward import GuardReward
     from ballast.rewards.terms import CoherenceReward, RefusalReward, load_reward_function

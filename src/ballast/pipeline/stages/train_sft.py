@@ -33,9 +33,9 @@ def run_stage(context: RunContext, folder: Path) -> None:
     """Judge the answers, train the adapter, write both down."""
     from datasets import Dataset
 
+    from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.training.callbacks import MetricsCallback
     from ballast.pipeline.training.merge import save_merged
-    from ballast.pipeline.training.safegrad.configured import safegrad_callbacks
     from ballast.pipeline.training.sft import ShapedSFTTrainer
 
     check_one_device()

@@ -1,4 +1,4 @@
-"""SafeGrad as a run's configuration asks for it."""
+"""What keeps the updates of a run safe, as its configuration asks for it."""
 
 import sys
 from typing import TYPE_CHECKING
