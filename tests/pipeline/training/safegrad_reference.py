@@ -66,15 +66,20 @@ def parameters(model: Any) -> list[Any]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def task_gradient(model: Any, batch: list[Any]) -> torch.Tensor:
-    """The gradient of the mean cross-entropy over all target tokens of the step, as one long vector."""
+def task_loss(model: Any, batch: list[Any]) -> torch.Tensor:
+    """The mean cross-entropy over all target tokens of the step."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for row in batch:
         log_p = dense_log_probs(model, row)
         for t in range(1, len(row["input_ids"])):
             if row["completion_mask"][t]:
                 total, tokens = total - log_p[t - 1, row["input_ids"][t]], tokens + 1
-    return vector(torch.autograd.grad(total / tokens, parameters(model), allow_unused=True), model)
+    return total / tokens
+
+
+def task_gradient(model: Any, batch: list[Any]) -> torch.Tensor:
+    """Its gradient as one long vector."""
+    return vector(torch.autograd.grad(task_loss(model, batch), parameters(model), allow_unused=True), model)
 
 
 def kl_gradient(model: Any, start: Any, batch: list[Any]) -> tuple[torch.Tensor, float]:
