@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from ballast.guardrails.registry import load_guardrail
     from ballast.guardrails.types import Exchange, Guardrail, RiskTrace
     from ballast.pipeline.config import RunConfig
+    from ballast.pipeline.localization.localize import localize_safety_layers
     from ballast.pipeline.run import run
+    from ballast.pipeline.training.freezing import freeze_layers
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
+    from ballast.pipeline.training.probing import SafetyProbing
     from ballast.pipeline.training.safegrad.callback import SafeGrad
     from ballast.pipeline.training.sft import ShapedSFTTrainer
     from ballast.rewards.guard_reward import GuardReward
@@ -26,10 +29,13 @@ __all__ = [
     "RiskTrace",
     "RunConfig",
     "SafeGrad",
+    "SafetyProbing",
     "ShapedGRPOTrainer",
     "ShapedSFTTrainer",
     "check_guardrail",
+    "freeze_layers",
     "load_guardrail",
+    "localize_safety_layers",
     "run",
 ]
 
@@ -40,10 +46,13 @@ _HOMES = {
     "RiskTrace": "ballast.guardrails.types",
     "RunConfig": "ballast.pipeline.config",
     "SafeGrad": "ballast.pipeline.training.safegrad.callback",
+    "SafetyProbing": "ballast.pipeline.training.probing",
     "ShapedGRPOTrainer": "ballast.pipeline.training.grpo",
     "ShapedSFTTrainer": "ballast.pipeline.training.sft",
     "check_guardrail": "ballast.guardrails.contract",
+    "freeze_layers": "ballast.pipeline.training.freezing",
     "load_guardrail": "ballast.guardrails.registry",
+    "localize_safety_layers": "ballast.pipeline.localization.localize",
     "run": "ballast.pipeline.run",
 }
 

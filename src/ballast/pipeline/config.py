@@ -32,8 +32,11 @@ from ballast.guardrails.registry import PluginOptions
 from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
 from ballast.pipeline.config_base import Component, LoraConfig, Names
+from ballast.pipeline.config_probing import ProbingConfig
+from ballast.pipeline.config_regularization import RegularizationConfig, check_method
 from ballast.pipeline.config_rewards import GuardRefusal, KeywordRefusal, RefusalConfig, TaskRewardConfig, check_names
 from ballast.pipeline.config_safe_updates import SafeGradConfig
+from ballast.pipeline.config_safety_layers import FreezeConfig, LocalizeConfig
 from ballast.pipeline.config_sft import SFTConfig
 from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig, refuse_wrong_options
 from ballast.pipeline.evaluation.suites import Kind
@@ -340,6 +343,10 @@ class RunConfig(Component):
     train: TrainConfig = TrainConfig()
     sft: SFTConfig = Field(SFTConfig(), description="counts where train.method is sft")
     safegrad: SafeGradConfig = SafeGradConfig()
+    localize: LocalizeConfig = LocalizeConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    probing: ProbingConfig = ProbingConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -379,6 +386,11 @@ class RunConfig(Component):
             raise ValueError(
                 f"shaping.kl.weight = {self.shaping.kl.weight} with train.beta = {self.train.beta}: {KL_TWICE}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _regularization_fits_the_method(self) -> Self:
+        check_method(self.regularization, self.train.method, self.sft.rows)
         return self
 
     @model_validator(mode="after")

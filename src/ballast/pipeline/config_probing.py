@@ -14,6 +14,7 @@ class ProbingConfig(Component):
     task least, and the weights learn with it in place. It is no part of the saved model.
     """
 
+    enabled: bool = Field(False, description="false trains without it")
     probe: Literal["fresh", "stale"] = Field(
         "fresh",
         description="fresh: the vector belongs to the very batch, three more passes a step; stale: it comes from the step "

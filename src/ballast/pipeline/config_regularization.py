@@ -41,9 +41,33 @@ class RegularizationConfig(Component):
 
     @model_validator(mode="after")
     def _seen(self) -> Self:
-        if self.safety_share == 0 and "safety_data" in self.model_fields_set:
+        if self.safety_share == 0 and self.safety_data != type(self).model_fields["safety_data"].default:
             raise ValueError(
                 "regularization.safety_data is given and regularization.safety_share = 0, so no row of it would be used; set a share "
                 "such as 0.03, or leave the data out"
             )
         return self
+
+
+def check_method(settings: RegularizationConfig, method: str, rows: str) -> None:
+    """What is asked for exists in this kind of training.
+
+    Args:
+        settings: the section.
+        method: `grpo` or `sft`.
+        rows: `sft.rows`.
+
+    Raises:
+        ValueError: it does not; the message says what to write instead.
+    """
+    if method == "grpo" and settings.kl_weight > 0:
+        raise ValueError(
+            f"regularization.kl_weight = {settings.kl_weight} belongs to SFT, and train.method is grpo, which has a KL of its own; set "
+            "train.beta instead"
+        )
+    if settings.safety_share > 0 and (method == "grpo" or rows != "data"):
+        where = "train.method is grpo" if method == "grpo" else f"sft.rows is {rows}"
+        raise ValueError(
+            f"regularization.safety_share = {settings.safety_share} mixes answers into those that SFT imitates, and {where}; take it "
+            "out, or add harmful prompts to data.train"
+        )

@@ -43,22 +43,28 @@ class Stage:
 
 _POLICY = ("seed", "model", "prompting", "data")
 _MEASURED = (*_POLICY, "generation", "guard", "judge", "segments", "shaping", "rewards", "evaluate")
+_SAFE_UPDATES = ("safegrad", "freeze", "probing", "regularization")
 _TRAINING = ("data.train", "data.test")  # the test prompts too: none may be trained on
 
 # In the order in which they run. Each is the module of that name in `stages/`; SFT takes `train_sft` for `train`.
 STAGES: dict[str, Stage] = {
     "baseline": Stage(needs=(), reads=_MEASURED, data=("data.test",)),
     "align": Stage(needs=(), reads=(*_POLICY, "align"), data=("align.data", "data.test")),
+    "localize": Stage(
+        needs=("align",), reads=(*_POLICY, "align", "localize"), data=("localize.data", "data.test"), in_run=False
+    ),
     "rollout": Stage(
         needs=("align",), reads=(*_POLICY, "align", "generation", "rollout"), data=_TRAINING, in_run=False
     ),
     "score": Stage(needs=("rollout",), reads=("prompting", "guard", "segments", "shaping"), in_run=False),
     "train": Stage(
         needs=("align",),
-        reads=(*_POLICY, "align", "generation", "guard", "segments", "shaping", "rewards", "train", "safegrad"),
+        reads=(*_POLICY, "align", "generation", "guard", "segments", "shaping", "rewards", "train", *_SAFE_UPDATES),
         data=_TRAINING,
     ),
-    "evaluate": Stage(needs=("align", "train"), reads=(*_MEASURED, "align", "train", "safegrad"), data=("data.test",)),
+    "evaluate": Stage(
+        needs=("align", "train"), reads=(*_MEASURED, "align", "train", *_SAFE_UPDATES), data=("data.test",)
+    ),
     "report": Stage(needs=("baseline", "evaluate"), reads=("evaluate",), repeats=True),
 }
 
@@ -106,8 +112,11 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     stage = STAGES[name]
     needs = tuple(need for need in stage.needs if need != "align" or config.align.enabled)
     stage = replace(stage, needs=needs, in_run=stage.in_run and (name != "align" or config.align.enabled))
-    if name == "train" and config.safegrad.enabled:
-        stage = replace(stage, data=(*stage.data, "safegrad.data"))
+    if name == "train":
+        stage = replace(stage, needs=(*stage.needs, *_localized(config)), data=(*stage.data, *_safety_data(config)))
+    if name == "localize":
+        stage = replace(stage, in_run=bool(_localized(config)))
+    needs = stage.needs
     if config.train.method != "sft":
         return stage
     rollouts = config.sft.rows == "rollouts"
@@ -123,6 +132,21 @@ def stage_of(config: RunConfig, name: str) -> Stage:
             return replace(stage, reads=(*stage.reads, "sft"))
         case _:
             return stage
+
+
+def _localized(config: RunConfig) -> tuple[str, ...]:
+    """The stage whose layers are frozen, where it is a stage that says which."""
+    return ("localize",) if config.freeze.layers == "localized" else ()
+
+
+def _safety_data(config: RunConfig) -> tuple[str, ...]:
+    """The data of the safe updates that are on."""
+    on = {
+        "safegrad.data": config.safegrad.enabled,
+        "probing.data": config.probing.enabled,
+        "regularization.safety_data": config.regularization.safety_share > 0,
+    }
+    return tuple(key for key, used in on.items() if used)
 
 
 def planned(config: RunConfig) -> list[str]:
@@ -200,8 +224,7 @@ def _check_parts(context: RunContext, names: Sequence[str]) -> None:
         _warn_of_licence(context)
         if context.config.train.method == "grpo":
             _check_rewards(context)
-        if context.config.safegrad.enabled:
-            _check_alignment_rows(context)
+        _check_safety_rows(context)
 
 
 def _check_rewards(context: RunContext) -> None:
@@ -219,11 +242,19 @@ def _check_rewards(context: RunContext) -> None:
         training_rows(config.data, config.seed, columns)
 
 
-def _check_alignment_rows(context: RunContext) -> None:
-    """SafeGrad's rows are there, have answers, and are none of the test prompts."""
+def _check_safety_rows(context: RunContext) -> None:
+    """The rows of the safe updates that are on: they are there, have answers, and are none of the test prompts."""
     from ballast.pipeline.safe_updates import safegrad_rows
+    from ballast.pipeline.safety_layers import preference_rows, safety_rows
+    from ballast.pipeline.stages.align import rows_with_answers
 
-    safegrad_rows(context.config)
+    config = context.config
+    if config.safegrad.enabled:
+        safegrad_rows(config)
+    if config.probing.enabled:
+        preference_rows(config)
+    if config.regularization.safety_share > 0:
+        safety_rows(config, rows_with_answers(config, config.sft.data, "sft.data", config.sft.max_rows))
 
 
 def _warn_of_licence(context: RunContext) -> None:

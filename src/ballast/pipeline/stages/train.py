@@ -18,7 +18,7 @@ from ballast.pipeline.config import RunConfig, VLLMGeneration
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, interleave, training_rows
 from ballast.pipeline.model_record import check_record
-from ballast.pipeline.stages.align import peft_config, quiet
+from ballast.pipeline.stages.align import quiet
 from ballast.pipeline.task_rewards import columns_read, refusal_detector, task_rewards
 
 
@@ -27,6 +27,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from datasets import Dataset
 
     from ballast.pipeline.safe_updates import safegrad_callbacks
+    from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
     from ballast.pipeline.training.completions import CompletionsTable
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
@@ -50,7 +51,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     policy = load_policy(context.reference_model, config.model.dtype)
     colocated = isinstance(config.generation, VLLMGeneration)
     with shared_engine(context.engine) if colocated else nullcontext():
-        trainer = ShapedGRPOTrainer(
+        trainer_class, safe = trainer_with(context, ShapedGRPOTrainer)
+        trainer = trainer_class(
             model=policy,
             args=grpo_arguments(config, folder / "trainer", n_user_rewards=len(user_rewards)),
             guard_reward=GuardReward(context.guard, tokenizer, config.segments, config.shaping.clean_trace),
@@ -70,8 +72,14 @@ def run_stage(context: RunContext, folder: Path) -> None:
             on_batch=table.write,
             train_dataset=dataset,
             processing_class=tokenizer,
-            peft_config=peft_config(config.train.lora),
-            callbacks=[*safegrad_callbacks(context), MetricsCallback(context, "train")],
+            peft_config=adapter(context, policy, config.train.lora),
+            callbacks=[
+                *callbacks_before(config),
+                *safegrad_callbacks(context),
+                *callbacks_after(config),
+                MetricsCallback(context, "train"),
+            ],
+            **safe,
         )
     quiet(trainer)
     context.forget_weights()

@@ -22,7 +22,7 @@ from ballast.pipeline.config_sft import ConstrainedLoss, PlainLoss
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, draw
 from ballast.pipeline.model_record import check_record
-from ballast.pipeline.stages.align import encode_answer, peft_config, quiet, rows_with_answers
+from ballast.pipeline.stages.align import encode_answer, quiet, rows_with_answers
 from ballast.rewards.outage import stop_above_limit
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from datasets import Dataset
 
     from ballast.pipeline.safe_updates import safegrad_callbacks
+    from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
     from ballast.pipeline.training.merge import save_merged
     from ballast.pipeline.training.sft import ShapedSFTTrainer
@@ -42,16 +43,24 @@ def run_stage(context: RunContext, folder: Path) -> None:
     config, settings = context.config, context.config.sft
     check_record(Path(context.reference_model), context.prompt_format)
     rows, counts = training_rows_of(context, folder)
+    policy = load_policy(context.reference_model, config.model.dtype)
+    trainer_class, safe = trainer_with(context, ShapedSFTTrainer)
     with context.progress("train: reference", len(rows)) as done:
-        trainer = ShapedSFTTrainer(
-            load_policy(context.reference_model, config.model.dtype),
+        trainer = trainer_class(
+            policy,
             sft_arguments(config, folder / "trainer"),
             Dataset.from_list(rows),
             loss=settings.loss,
             progress=done,
             processing_class=context.tokenizer,
-            peft_config=peft_config(settings.lora),
-            callbacks=[*safegrad_callbacks(context), MetricsCallback(context, "train")],
+            peft_config=adapter(context, policy, settings.lora),
+            callbacks=[
+                *callbacks_before(config),
+                *safegrad_callbacks(context),
+                *callbacks_after(config),
+                MetricsCallback(context, "train"),
+            ],
+            **safe,
         )
     quiet(trainer)
     started = time.perf_counter()
@@ -110,11 +119,13 @@ def _answers(context: RunContext) -> list[tuple["Answer", RiskTrace | None]]:
     """The answers to imitate; those of the stage `score` with their traces."""
     import pyarrow.parquet as pq
 
+    from ballast.pipeline.safety_layers import safety_rows
     from ballast.pipeline.training.sft_rows import Answer
 
     config, prompts = context.config, context.prompt_format
     if config.sft.rows == "data":
         rows = rows_with_answers(config, config.sft.data, "sft.data", config.sft.max_rows)
+        rows = [*rows, *safety_rows(config, rows)]
         found: list[tuple[Answer, RiskTrace | None]] = []
         for row in rows:
             encoded = encode_answer(prompts, row, sys.maxsize)

@@ -16,7 +16,8 @@ from ballast.pipeline.training.layers import check_layers, decoder_layers, hidde
 class Probe:
     """One vector (H,) a layer, added to the layer's hidden states at every token; without vectors it does nothing.
 
-    It lives in hooks and not in the model: nothing of it is in `state_dict`.
+    It lives in hooks and not in the model: nothing of it is in `state_dict`. Forwards without gradients are not probed: a
+    reference that is the same model with its adapter off runs so.
     """
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
@@ -41,7 +42,7 @@ class Probe:
     def _adding(self, layer: int) -> Any:
         def add(module: Any, args: Any, output: Any) -> Any:
             vector = self.vectors.get(layer)
-            if vector is None:
+            if vector is None or not torch.is_grad_enabled():
                 return None
             hidden = hidden_of(output)
             return with_hidden(output, hidden + vector.to(hidden.device, hidden.dtype))

@@ -58,7 +58,7 @@ class StartModelKL:
                 "the trainer the object"
             )
         copied = None if new else frozen_copy(model)
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         self.start_kl_weight, self.start_kl_tokens = start_kl_weight, start_kl_tokens
         check_exact_kl(self.model)
         if copied is None and not adapter_is_new(self.model):
