@@ -51,9 +51,13 @@ class Watcher(TrainerCallback):
 
 
 def in_float64(pristine: Any, weights: dict[str, torch.Tensor]) -> Any:
-    """A model in float64 with these weights; `pristine` was copied before a trainer put its own forward on it."""
+    """A model in float64 with these weights; `pristine` was copied before a trainer put its own forward on it.
+
+    Adapters that a trainer has added beside (DPO's copy of the first one) are left out: they are not switched on.
+    """
     model = copy.deepcopy(pristine).eval().double()
-    assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    own = {name: weights[name] for name, _ in model.named_parameters()}
+    model.load_state_dict(own, strict=False)
     return model
 
 

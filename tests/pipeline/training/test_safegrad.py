@@ -1,13 +1,13 @@
 """SafeGrad inside real trainers, against the same formula in float64: what reaches the optimizer, and what does not."""
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.pipeline.training import safegrad_reference as reference
 from trl import SFTConfig, SFTTrainer
 
 from ballast import SafeGrad
@@ -15,12 +15,6 @@ from ballast.errors import BallastError, ConfigError
 from ballast.pipeline.training.safegrad import modes
 
 pytestmark = pytest.mark.model
-
-_spec = importlib.util.spec_from_file_location("safegrad_reference", Path(__file__).parent / "safegrad_reference.py")
-assert _spec is not None
-assert _spec.loader is not None
-reference = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference)
 
 TASK, SAFE = reference.rows(reference.TASK_LENGTHS, 0), reference.rows(reference.SAFE_LENGTHS, 1)
 
@@ -190,7 +184,7 @@ def test_the_adam_metric_makes_the_preconditioned_update_orthogonal(tmp_path: Pa
     pristine = copy.deepcopy(model)
     squares: list[dict[str, torch.Tensor]] = []
 
-    class Moments(reference.Watcher):  # type: ignore[name-defined,misc]
+    class Moments(reference.Watcher):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             found = kwargs["optimizer"].state
             named = kwargs["model"].named_parameters()
@@ -311,7 +305,7 @@ def test_more_skipped_updates_than_allowed_stop_the_run(
 def test_figures_are_in_the_history_and_reach_later_callbacks(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     seen: list[dict[str, Any]] = []
 
-    class Later(reference.Watcher):  # type: ignore[name-defined,misc]
+    class Later(reference.Watcher):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append(dict(logs))
 

@@ -1,29 +1,23 @@
 """The trust region and the watchdog: what becomes of the weights after an update."""
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.pipeline.training import safegrad_reference as reference
 from transformers import Trainer, TrainingArguments
 
 from ballast import SafeGrad
 from ballast.errors import BallastError
 from ballast.pipeline.training.safegrad import modes
 
-_spec = importlib.util.spec_from_file_location("safegrad_reference", Path(__file__).parent / "safegrad_reference.py")
-assert _spec is not None
-assert _spec.loader is not None
-reference = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference)
-
 TASK, SAFE = reference.rows(reference.TASK_LENGTHS, 0), reference.rows(reference.SAFE_LENGTHS, 1)
 RATE = 0.5
 
 
-class After(reference.Watcher):  # type: ignore[name-defined,misc]
+class After(reference.Watcher):
     """The weights after the update, as they are at its place among the callbacks."""
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

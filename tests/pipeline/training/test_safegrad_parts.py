@@ -1,8 +1,6 @@
 """SafeGrad's parts alone: its arithmetic, the alignment set, the safety loss in every form of model, and what is refused."""
 
-import importlib.util
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +10,12 @@ from accelerate import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tests.pipeline.training import safegrad_reference as reference
 
 from ballast.errors import ConfigError, DataError
 from ballast.pipeline.training.safegrad import projection, safety_loss, support
 from ballast.pipeline.training.safegrad.alignment_set import alignment_batches, batch_number
 from ballast.pipeline.training.safegrad.safety_loss import SafetyLoss
-
-_spec = importlib.util.spec_from_file_location("safegrad_reference", Path(__file__).parent / "safegrad_reference.py")
-assert _spec is not None
-assert _spec.loader is not None
-reference = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference)
 
 SAFE = reference.rows(reference.SAFE_LENGTHS, 1)
 

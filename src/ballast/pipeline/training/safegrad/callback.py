@@ -23,8 +23,8 @@ from ballast.pipeline.training.reference import adapter_is_new, frozen_copy
 from ballast.pipeline.training.safegrad.alignment_set import alignment_batches
 from ballast.pipeline.training.safegrad.modes import Mode, Project, TrustRegion, Update, Watchdog
 from ballast.pipeline.training.safegrad.safety_gradient import Ranks
-from ballast.pipeline.training.safegrad.safety_loss import Objective, SafetyLoss
-from ballast.pipeline.training.safegrad.support import check_support
+from ballast.pipeline.training.safegrad.safety_loss import Objective, SafetyLoss, without_gradient
+from ballast.pipeline.training.safegrad.support import check_support, is_sharded
 
 
 class SafeGrad(TrainerCallback):
@@ -236,10 +236,10 @@ class SafeGrad(TrainerCallback):
         def precision() -> Any:
             return nullcontext() if kind is None else torch.autocast(device, dtype=kind)
 
-        loss = SafetyLoss(batches, self.objective, precision, self.chunk_tokens, whole_model=_is_fsdp())
+        loss = SafetyLoss(batches, self.objective, precision, self.chunk_tokens, whole_model=is_sharded(model))
         self._take_reference(loss, model)
         if self.mode != "project":
-            with torch.no_grad():
+            with without_gradient(model):
                 self._start = [float(loss.summed(model, number)) for number in range(len(batches))]
         self._loss = loss
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ballast.errors import BallastError
-from ballast.pipeline.training.safegrad.safety_loss import SafetyLoss
+from ballast.pipeline.training.safegrad.safety_loss import SafetyLoss, without_gradient
 
 _BUCKET = 2**24  # elements that travel between processes at a time
 
@@ -95,7 +95,7 @@ def mean_loss(loss: SafetyLoss, model: Any, numbers: Sequence[int], ranks: Ranks
     # Under sharding every process takes part in every forward, so all make the same number of them.
     turns = math.ceil(len(numbers) / ranks.world)
     summed = tokens = 0.0
-    with torch.no_grad():
+    with without_gradient(model):
         for turn in range(turns):
             place = turn * ranks.world + ranks.rank
             value = loss.summed(model, numbers[place % len(numbers)])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from ballast.errors import ConfigError
@@ -126,7 +127,7 @@ class SafetyLoss:
 
     def _frozen(self, model: Any, batch: AlignmentBatch, adapter_off: bool) -> Predictions:
         off = model.disable_adapter() if adapter_off else nullcontext()
-        with torch.no_grad(), evaluating(model), off, self.precision():
+        with without_gradient(model), evaluating(model), off, self.precision():
             return self._predictions(model, batch)
 
     def _cached(self, model: Any, adapter_off: bool) -> Callable[[int, Any], Predictions]:
@@ -155,6 +156,22 @@ class SafetyLoss:
                 f"at most {_CACHE_LIMIT / 2**30:.0f} are kept; give fewer alignment rows (20 are enough for the KL), or "
                 "set cache_reference=False"
             )
+
+
+@contextmanager
+def without_gradient(model: Any) -> Iterator[None]:
+    """No graph; under FSDP2 the weights that a forward gathered are given up afterwards.
+
+    A backward does that by itself. Without one the root's would stay gathered, and the next forward would read them instead of
+    the shards that the optimizer has changed.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @contextmanager

@@ -5,6 +5,13 @@ from typing import Any
 from ballast.errors import ConfigError
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether the model's parameters are spread over processes."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def check_support(args: Any, model: Any) -> None:
     """Refuses trainers whose gradients or updates are out of a callback's reach.
 
@@ -19,7 +26,6 @@ def check_support(args: Any, model: Any) -> None:
     from accelerate import DistributedType
     from accelerate.state import AcceleratorState
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         raise ConfigError(
@@ -37,8 +43,7 @@ def check_support(args: Any, model: Any) -> None:
                 f"SafeGrad with {name} = {getattr(parallelism, name)}: every process gives it an alignment batch of its own, and these "
                 "would share one; use DDP or FSDP2 alone"
             )
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if sharded and not any(isinstance(module, FSDPModule) for module in model.modules()):
+    if is_sharded(model) and not any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError(
             "SafeGrad with a model that is sharded by something else than FSDP2 (tensor parallelism, device_map): load the model "
             "without tp_plan and use DDP or FSDP2"
