@@ -7,7 +7,7 @@ import pytest
 from ballast.pipeline.config_loading import load_config, shipped_configs
 
 CONFIGS = Path(__file__).parents[2] / "src" / "ballast" / "configs"
-FILES = sorted(CONFIGS.iterdir())
+FILES = sorted(path for path in CONFIGS.iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -329,6 +329,9 @@ class RunConfig(Component):
     )
     out: str = Field("runs", description="folder that holds the run folders")
     seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
+    strategy: str | None = Field(
+        None, description="name of a shipped strategy, whose keys count where this file has none: docs/strategies.md"
+    )
     model: ModelConfig
     prompting: PromptingConfig = PromptingConfig()
     data: DataConfig = DataConfig()

@@ -4,6 +4,8 @@ An override is `key.to.value=VALUE`. VALUE is read as YAML where it is a number,
 string, a [list] or a {mapping}; everything else is text, colons and hashes included. An override that
 changes the `type` of a component (`generation.type=transformers`) starts that component afresh: what the
 file said about the other type is dropped, and only the overrides apply, wherever they stand on the line.
+
+`strategy: NAME` stands for the keys of `configs/strategies/NAME.yaml`; a key that the file or an override sets goes before.
 """
 
 import hashlib
@@ -37,6 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     source, data = read_mapping(path)
     assignments, problems = split_overrides(overrides)
     problems += apply_overrides(data, assignments)
+    problems += include_strategy(data)
     if problems:
         raise ConfigError(report(source, problems))
     _fill_default_types(data)
@@ -51,6 +54,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def shipped_configs() -> list[str]:
     """Names of the configurations inside the package, as `load_config` takes them."""
     return sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
+
+
+def strategies() -> list[str]:
+    """Names of the strategies that a configuration can include."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in (_SHIPPED / "strategies").iterdir())
+
+
+def include_strategy(data: dict[str, Any]) -> list[Problem]:
+    """Put the keys of the named strategy below those of `data`."""
+    name = data.get("strategy")
+    if name is None:
+        return []
+    if name not in strategies():
+        return [
+            Problem("strategy", name, "there is no such strategy", f"take one of {', '.join(strategies())}, or none")
+        ]
+    text = (_SHIPPED / "strategies" / f"{name}.yaml").read_text(encoding="utf-8")
+    _add_below(data, _parse(f"strategies/{name}", text))
+    return []
+
+
+def _add_below(data: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    for key, value in defaults.items():
+        if isinstance(value, Mapping) and data.get(key, {}) is None:  # a heading with nothing below it
+            data[key] = {}
+        if isinstance(value, Mapping) and isinstance(data.setdefault(key, {}), dict):
+            _add_below(data[key], value)
+        else:
+            data.setdefault(key, value)
 
 
 def config_hash(config: RunConfig) -> str:

@@ -29,10 +29,10 @@ class ProbingConfig(Component):
         description="rms: beta is the root mean square of the vector's entries; gradient: the vector is beta times the "
         "gradient, as the paper writes it, which is next to nothing at the paper's step",
     )
-    step: PositiveFloat = Field(
-        2e-5,
-        description="length of the harmful step, as a share of the norm of the trained weights; in bfloat16 a step this short "
-        "drowns in rounding: see docs/probing.md",
+    step: PositiveFloat | None = Field(
+        None,
+        description="length of the harmful step, as a share of the norm of the trained weights; None takes the paper's 2e-5 in "
+        "float32 and 3e-2 in bfloat16, where a shorter one drowns in rounding: docs/probing.md",
     )
     temperature: PositiveFloat = Field(1.0, description="temperature of the contrast of refusal and compliance")
     data: Names = Field(("shipped:harmful",), min_length=1, description="sources of harmful prompts with refusals")

@@ -362,6 +362,64 @@ def test_what_cannot_be_probed_is_refused_with_the_reason(tmp_path: Path) -> Non
         ProbedTrainer(tiny(), reentrant, train_dataset=rows(), safety_pairs=PAIRS)
 
 
+@pytest.mark.parametrize(("half", "step"), [(False, 2e-5), (True, 3e-2)])
+def test_the_step_is_the_papers_and_longer_where_bfloat16_could_not_tell_it(
+    tmp_path: Path, half: bool, step: float
+) -> None:
+    model = adapted(tiny(torch.bfloat16 if half else torch.float32))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    args = TrainingArguments(**settings(tmp_path))
+    probing = ProbingConfig(layers=(1, 2))
+    trainer = ProbedTrainer(model, args, train_dataset=rows(), probing=probing, safety_pairs=PAIRS)
+    assert trainer._step_share == step
+
+
+def test_a_forward_without_gradients_is_not_probed(tmp_path: Path) -> None:
+    """A reference that is the same model with its adapter off runs so, inside the very step."""
+    model = tiny()
+    args = TrainingArguments(**settings(tmp_path))
+    trainer = ProbedTrainer(model, args, train_dataset=rows(), probing=options(), safety_pairs=PAIRS)
+    ids = torch.arange(3, 12)[None]
+    plain = model(input_ids=ids).logits
+    trainer._probe.vectors = {1: torch.arange(16, dtype=torch.float64)}  # a constant one, the norm takes out again
+    assert not torch.allclose(model(input_ids=ids).logits, plain)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("probe", ["fresh", "stale"])
+def test_grpo_is_probed_and_counts_its_steps_once(tmp_path: Path, tiny_model: Any, tokenizer: Any, probe: str) -> None:
+    from trl import GRPOConfig, GRPOTrainer
+
+    class ProbedGRPO(SafetyProbing, GRPOTrainer):
+        pass
+
+    def arbitrary(completion_ids: Any, **_: Any) -> list[float]:
+        return [float(sum(ids) % 7) for ids in completion_ids]
+
+    args = GRPOConfig(
+        **settings(
+            tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4,
+            max_completion_length=6, max_steps=2,
+        )
+    )  # fmt: skip
+    trainer = ProbedGRPO(
+        tiny_model, arbitrary, args, train_dataset=Dataset.from_list([{"prompt": "How are you?"}] * 4),
+        processing_class=tokenizer, probing=options(layers=(0, 1), probe=probe), safety_pairs=PAIRS,
+        peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 2
+    assert trainer._step == 4
+    assert all(math.isfinite(step["probing/cosine"]) for step in steps)
+    if probe == "fresh":  # the stale one begins at 0
+        assert steps[0]["probing/rms"] == pytest.approx(0.5, rel=1e-4)
+
+
 def test_where_no_layers_are_named_it_is_the_share_of_the_paper() -> None:
     assert list(probed_layers(ProbingConfig(), 32)) == list(range(11, 21))
     assert list(probed_layers(ProbingConfig(), 30)) == list(range(10, 20))

@@ -34,6 +34,11 @@ from ballast.pipeline.training.safety_pairs import SafetyPair, contrastive_loss
 
 DEFAULT = ProbingConfig()
 
+# Length of the harmful step as a share of the weights' norm: the paper's, and one whose effect bfloat16 can tell.
+STEP, STEP_IN_HALF_PRECISION = 2e-5, 3e-2
+
+_HALF = (torch.bfloat16, torch.float16)
+
 # What trainers count or log inside `compute_loss`; the passes of the probe leave no trace in it.
 _COUNTED = ("_metrics", "_total_train_tokens")
 
@@ -81,11 +86,10 @@ class SafetyProbing:
         self._figures: dict[str, list[float]] = defaultdict(list)
 
     def _check_training(self) -> None:
-        half = [n for n, p in self._trained() if p.dtype in (torch.bfloat16, torch.float16)]
+        half = [n for n, p in self._trained() if p.dtype in _HALF]
         if half:
             raise ConfigError(
-                f"probing needs trained weights in float32, and '{half[0]}' is in half precision, where a step of {self.probing.step:g} of "
-                "the norm is rounded away; load the model in float32 with bf16=True (autocast), or train a LoRA"
+                f"probing needs trained weights in float32, and '{half[0]}' is in half precision, where a small step is rounded away; load the model in float32 with bf16=True (autocast), or train a LoRA"
             )
         reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         refused = {
@@ -100,6 +104,13 @@ class SafetyProbing:
                     f"probing does not work with {what}: it takes gradients of single tensors and moves the weights for a pass; "
                     "use bf16 or fp32, one device or DDP, and use_reentrant=False"
                 )
+
+    @property
+    def _step_share(self) -> float:
+        if self.probing.step is not None:
+            return self.probing.step
+        half = self.args.bf16 or any(p.dtype in _HALF for p in self.model.parameters())
+        return STEP_IN_HALF_PRECISION if half else STEP
 
     @property
     def _micro_batches(self) -> int:
@@ -166,7 +177,7 @@ class SafetyProbing:
         leaves = {n: vector.detach().clone().requires_grad_() for n, vector in vectors.items()}
         trained = [p for _, p in self._trained()]
         assert self._direction is not None
-        moved = stepped(trained, self._direction, self.probing.step) if after_step else nullcontext()
+        moved = stepped(trained, self._direction, self._step_share) if after_step else nullcontext()
         with self._untraced(), moved:
             self._probe.vectors = leaves
             value = loss()
