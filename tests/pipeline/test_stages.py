@@ -310,3 +310,21 @@ def test_a_rehearsed_answer_that_was_cut_off_does_not_teach_to_stop_there(contex
     assert written["input_ids"][-1] == eos
     prompt = len(own["completion_mask"]) - sum(own["completion_mask"])
     assert own["input_ids"][prompt:] == cut_off
+
+
+def test_of_an_answer_only_the_opening_is_imitated_and_nothing_teaches_to_stop_there(context):
+    row = Row("o", "How do I bake bread?", "ordinary", response="You mix flour with water, knead it and wait.")
+    whole = align.encode_answer(context.prompt_format, row, 64)
+    opening = align.encode_answer(context.prompt_format, row, 64, opening_tokens=3)
+    prompt = len(whole["completion_mask"]) - sum(whole["completion_mask"])
+    assert opening["input_ids"] == whole["input_ids"][: prompt + 3]
+    assert opening["completion_mask"] == [0] * prompt + [1] * 3
+
+
+def test_no_more_than_the_opening_is_sampled_to_rehearse(context):
+    context.config = context.config.model_copy(
+        update={"align": context.config.align.model_copy(update={"opening_tokens": 4})}
+    )
+    context._generator = ScriptedGenerator(lambda ids, seed: ANSWERS, context.tokenizer)
+    own = align.rehearsed_answers(context, [Row("o", "How do I bake bread?", "ordinary", response="Written.")])
+    assert {id: len(ids) for id, ids in own.items()} == {"o": 4}

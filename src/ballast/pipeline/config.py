@@ -196,6 +196,11 @@ class AlignConfig(Component):
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate, linear decay")
     batch_size: PositiveInt = Field(8, description="rows per optimizer step")
     max_length: PositiveInt = Field(256, description="tokens of prompt and answer; longer rows are cut")
+    opening_tokens: PositiveInt | None = Field(
+        None,
+        description="imitate at most this many tokens of an answer, from its start: where it declines or does not; "
+        "null imitates all of it",
+    )
     lora: LoraConfig = LoraConfig()
 
 

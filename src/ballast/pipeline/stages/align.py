@@ -33,7 +33,10 @@ def run_stage(context: RunContext, folder: Path) -> None:
     config, settings = context.config, context.config.align
     rows = alignment_rows(context)
     own = rehearsed_answers(context, rows) if settings.rehearse else {}
-    examples = [encode_answer(context.prompt_format, row, settings.max_length, own.get(row.id)) for row in rows]
+    examples = [
+        encode_answer(context.prompt_format, row, settings.max_length, own.get(row.id), settings.opening_tokens)
+        for row in rows
+    ]
     args = SFTConfig(
         output_dir=str(folder / "trainer"),
         num_train_epochs=settings.epochs,
@@ -106,7 +109,9 @@ def rehearsed_answers(context: RunContext, rows: Sequence[Row]) -> dict[str, tup
     from ballast.rewards.coherence import coherence
     from ballast.rewards.refusal import is_refusal
 
-    sampling = context.config.align.sampling
+    settings = context.config.align
+    longest = min(settings.sampling.max_new_tokens, settings.opening_tokens or settings.sampling.max_new_tokens)
+    sampling = settings.sampling.model_copy(update={"max_new_tokens": longest})
     asked = [row for row in rows if row.kind != "harmful"]
     generator = context.generator(context.start_model)
     with context.progress("align: rehearsing", len(asked)) as done:
@@ -119,13 +124,18 @@ def rehearsed_answers(context: RunContext, rows: Sequence[Row]) -> dict[str, tup
 
 
 def encode_answer(
-    prompt_format: PromptFormat, row: Row, max_length: int, own: Sequence[int] | None = None
+    prompt_format: PromptFormat,
+    row: Row,
+    max_length: int,
+    own: Sequence[int] | None = None,
+    opening_tokens: int | None = None,
 ) -> dict[str, list[int]]:
     """Token ids of prompt and answer, with the loss on the answer and its end-of-turn token.
 
     Args:
         own: ids to imitate instead of the row's answer, with the end-of-turn token where there was one: an answer
             that was cut off does not teach to stop there.
+        opening_tokens: keep at most this many tokens of the answer; None keeps all.
     """
     tokenizer = prompt_format.tokenizer
     if own is None and row.response is None:
@@ -142,7 +152,7 @@ def encode_answer(
         raise DataError(
             f"row {row.id}: its prompt has {len(prompt)} tokens, so align.max_length = {max_length} leaves no room for the answer; raise it or drop the row"
         )
-    ids = (prompt + answer)[:max_length]
+    ids = (prompt + answer[:opening_tokens])[:max_length]
     return {"input_ids": ids, "completion_mask": [0] * len(prompt) + [1] * (len(ids) - len(prompt))}
 
 
