@@ -171,10 +171,12 @@ class SafeGrad(TrainerCallback):
         """Check the trainer, and begin."""
         check_support(args, model)
         if self._loss is None:
-            if state.global_step > 0 and self.reference is None and self.objective == "kl":
+            reads_start = self.mode != "project" or (self.objective == "kl" and self.reference is None)
+            if state.global_step > 0 and reads_start:
                 raise ConfigError(
                     f"SafeGrad joins a training that is resumed at step {state.global_step}, so the model is no longer the start model that "
-                    "the KL compares with; give SafeGrad in `callbacks` when the trainer is made, or give it `reference`"
+                    "it compares with; give SafeGrad in `callbacks` when the trainer is made, or, under FSDP2 and with mode='project', "
+                    "give it the start model as `reference`"
                 )
             self._prepare(args, model, processing_class)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -252,6 +254,10 @@ class SafeGrad(TrainerCallback):
             self.reference = None  # where it is cached, nothing holds it any more
         elif self.cache_reference:
             loss.take_reference(model, cache=True)
+        elif is_sharded(model):
+            raise ConfigError(
+                "cache_reference=False under FSDP2 would need a second sharded model; leave cache_reference at True, or give `reference` a model"
+            )
         elif hasattr(model, "peft_config") and adapter_is_new(model):
             loss.take_reference(model, cache=False, adapter_off=True)
         else:
