@@ -2,11 +2,13 @@
 
     python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json
     python benchmarks/step_overhead.py --parts sft --length 256 --rounds 2 --out /dev/stdout
+    python benchmarks/step_overhead.py --parts safegrad --out benchmarks/results/safegrad_overhead.json
 
 SFT: LoRA on the embedded model (vocabulary 49,152), rows of `--length` random tokens of which 24 are the prompt. Every
 token of `k2` and `exact` has STAR 0.5, so all of them are held near the reference; `... safe` are wholly safe rows.
 `k2` reads cached log-probs, `exact` runs the reference at every step. GRPO: the same completions budget and the embedded
-guard, once as TRL's sequence-level reward (one cut a response) and once shaped at every 5 words.
+guard, once as TRL's sequence-level reward (one cut a response) and once shaped at every 5 words. SafeGrad:
+`overhead_safegrad.py`.
 
 A round trains every variant for a few steps, in another order each round; a ratio is the median over rounds of this
 variant's median step against plain TRL's of the same round. Wall seconds suffer on a busy machine; CPU seconds are this
@@ -27,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import overhead_safegrad
 import torch
 from datasets import Dataset
 from demo_seeds import hardware
@@ -50,7 +53,12 @@ SFT_VARIANTS = {
     "exact safe": (CorrectedLoss(), 1.0),
 }
 GRPO_VARIANTS = ("plain", "shaped")
-ALLOWED = {"sft": {"k2": 1.1, "exact": 1.7}, "grpo": {"shaped": 1.15}, "memory": {"k2": 1.3, "exact": 1.3}}
+ALLOWED = {
+    "sft": {"k2": 1.1, "exact": 1.7},
+    "grpo": {"shaped": 1.15},
+    "memory": {"k2": 1.3, "exact": 1.3},
+    "safegrad": {"every step": 1.6, "every 4": 1.2},
+}
 
 
 class StepClock(TrainerCallback):
@@ -91,15 +99,22 @@ def main() -> None:
         record["sft"] = paired({name: sft_variant(name, arguments) for name in SFT_VARIANTS}, arguments, "sft")
     if "grpo" in arguments.parts:
         record["grpo"] = paired({name: grpo_variant(name, arguments) for name in GRPO_VARIANTS}, arguments, "grpo")
+    if "safegrad" in arguments.parts:
+        variants = {name: overhead_safegrad.safegrad_variant(name, arguments) for name in overhead_safegrad.VARIANTS}
+        record["safegrad"] = paired(variants, arguments, "safegrad", statistics.mean)
+        del variants
+        record["safegrad_memory"] = memory(arguments, [f"safegrad:{name}" for name in overhead_safegrad.VARIANTS])
     if "memory" in arguments.parts:
-        record["memory"] = memory(arguments)
+        record["memory"] = memory(arguments, list(SFT_VARIANTS))
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("sft", "grpo", "memory"), default=["sft", "grpo", "memory"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("sft", "grpo", "memory", "safegrad"), default=["sft", "grpo", "memory"]
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds over all variants")
     parser.add_argument("--steps", type=int, default=3, help="steps of a variant in a round; the first is not counted")
     parser.add_argument("--length", type=int, default=1024, help="tokens of an SFT row")
@@ -108,18 +123,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=40, help="tokens of a GRPO completion")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_overhead.json"))
-    parser.add_argument("--memory-of", choices=tuple(SFT_VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--task-rows", type=int, default=16, help="rows a step of the part safegrad")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def paired(variants: dict[str, Any], arguments: argparse.Namespace, part: str) -> dict[str, Any]:
-    """Round after round, each variant's steps, and the ratios to `plain` within a round."""
+def paired(
+    variants: dict[str, Any],
+    arguments: argparse.Namespace,
+    part: str,
+    centre: Callable[[Any], float] = statistics.median,
+) -> dict[str, Any]:
+    """Round after round, the centre of each variant's steps, and the ratios to `plain` within a round."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     order = list(variants)
     for number in range(arguments.rounds):
         for name in order[number % len(order) :] + order[: number % len(order)]:
             steps = train(variants[name])[1:]
-            seconds[name].append(tuple(statistics.median(column) for column in zip(*steps, strict=True)))  # type: ignore[arg-type]
+            seconds[name].append(tuple(centre(column) for column in zip(*steps, strict=True)))  # type: ignore[arg-type]
     result: dict[str, Any] = {}
     for name, rounds in seconds.items():
         walls, cpus = zip(*rounds, strict=True)
@@ -238,15 +259,16 @@ def grpo_variant(name: str, arguments: argparse.Namespace) -> Any:
     return trainer
 
 
-def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of each variant of SFT, each in a process of its own."""
+def memory(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Peak memory of each variant, each in a process of its own; the first is the plain one."""
     result: dict[str, Any] = {}
-    for name in SFT_VARIANTS:
+    for name in names:
         own = ["--memory-of", name, "--length", str(arguments.length), "--rows", str(arguments.rows)]
+        own += ["--task-rows", str(arguments.task_rows)]
         command = [sys.executable, __file__, *own, "--dtype", arguments.dtype, "--steps", "2"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
         result[name] = json.loads(done.stdout.splitlines()[-1])
-        result[name]["peak_ratio"] = round(result[name]["peak_mib"] / result["plain"]["peak_mib"], 3)
+        result[name]["peak_ratio"] = round(result[name]["peak_mib"] / result[names[0]]["peak_mib"], 3)
         result[name]["allowed"] = ALLOWED["memory"].get(name)
         print(f"memory {name}: {result[name]}", flush=True)
     return result
@@ -254,7 +276,8 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def memory_of(arguments: argparse.Namespace) -> dict[str, float]:
     """MiB at the peak of training, and above what was taken before the first step."""
-    trainer = sft_variant(arguments.memory_of, arguments)
+    part, _, name = arguments.memory_of.rpartition(":")
+    trainer = (overhead_safegrad.safegrad_variant if part else sft_variant)(name, arguments)
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
