@@ -9,12 +9,21 @@ from ballast.pipeline.training import chunked_kl as module
 from ballast.pipeline.training.chunked_kl import chunked_kl
 
 
-def dense(hidden, head, reference, reference_head):
+def dense(hidden, head, reference, reference_head, under_reference=False):
     weight, bias = head
     log_p = torch.log_softmax(hidden @ weight.T + (0 if bias is None else bias), dim=-1)
     weight, bias = reference_head
     log_q = torch.log_softmax(reference @ weight.T + (0 if bias is None else bias), dim=-1)
+    if under_reference:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def test_the_mean_under_the_reference_by_hand():
+    # the same two words: KL(pi_ref || pi) = 1/2 ln(2) + 1/2 ln(2/3) = 0.346574 - 0.202733 = 0.143841
+    head = (torch.eye(2), None)
+    kl = chunked_kl(torch.tensor([[0.0, 1.0986123]]), head, torch.zeros(1, 2), head, under_reference=True)
+    assert kl.item() == pytest.approx(0.143841, abs=1e-6)
 
 
 def drawn(tokens, bias, seed=0):
@@ -39,17 +48,18 @@ def test_two_words_by_hand():
     chunk=st.integers(1, 10),
     bias=st.booleans(),
     trained=st.booleans(),
+    under=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_chunk_gives_the_dense_value_and_gradients(tokens, chunk, bias, trained, seed):
+def test_any_chunk_gives_the_dense_value_and_gradients(tokens, chunk, bias, trained, under, seed):
     hidden, head, reference, other = drawn(tokens, bias, seed)
     leaves = [hidden, *([t for t in head if t is not None] if trained else [])]
     for leaf in leaves:
         leaf.requires_grad_()
     incoming = torch.randn(tokens)  # tokens weigh differently
-    expected = dense(hidden, head, reference, other)
+    expected = dense(hidden, head, reference, other, under)
     wanted = torch.autograd.grad((expected * incoming).sum(), leaves)
-    kl = chunked_kl(hidden, head, reference, other, chunk)
+    kl = chunked_kl(hidden, head, reference, other, chunk, under)
     assert torch.allclose(kl, expected, atol=1e-5)
     for mine, theirs in zip(torch.autograd.grad((kl * incoming).sum(), leaves), wanted, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
