@@ -123,6 +123,14 @@ def test_freezing_all_that_learns_is_refused() -> None:
         freeze_layers(get_peft_model(llama(), lora()), range(4))
 
 
+def test_weights_that_stand_outside_the_layers_too_are_not_frozen_in_passing() -> None:
+    model = llama()
+    model.extra = model.model.layers[1].mlp
+    with pytest.raises(ConfigError, match="share weights"):
+        freeze_layers(model, [1])
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_model_without_one_stack_of_layers_is_refused() -> None:
     model = llama()
     model.config.num_hidden_layers = 7
