@@ -244,16 +244,19 @@ def _check_rewards(context: RunContext) -> None:
 
 def _check_safety_rows(context: RunContext) -> None:
     """The rows of the safe updates that are on: they are there, have answers, and are none of the test prompts."""
-    from ballast.pipeline.safe_updates import safegrad_rows
-    from ballast.pipeline.safety_layers import preference_rows, safety_rows
-    from ballast.pipeline.stages.align import rows_with_answers
-
     config = context.config
     if config.safegrad.enabled:
+        from ballast.pipeline.safe_updates import safegrad_rows
+
         safegrad_rows(config)
     if config.probing.enabled:
+        from ballast.pipeline.safety_layers import preference_rows
+
         preference_rows(config)
     if config.regularization.safety_share > 0:
+        from ballast.pipeline.safety_layers import safety_rows
+        from ballast.pipeline.stages.align import rows_with_answers
+
         safety_rows(config, rows_with_answers(config, config.sft.data, "sft.data", config.sft.max_rows))
 
 
