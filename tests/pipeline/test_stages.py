@@ -285,6 +285,20 @@ def test_weights_are_loaded_only_where_others_are_asked_for(context):
     assert loaded == ["aligned", "start", "start"]
 
 
+@pytest.mark.parametrize(("share", "harmful"), [(None, 6), (0.25, 2), (0.0, 0), (0.9, 6)])
+def test_of_the_harmful_prompts_no_more_than_their_share_is_imitated(context, tmp_path, share, harmful):
+    # Six other rows: two harmful ones beside them are a quarter, and six are all there are.
+    kinds = ["harmful"] * 6 + ["ordinary"] * 4 + ["scary"] * 2
+    data = tmp_path / "answers.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"prompt": f"Request {i}", "kind": k, "response": "Yes."}) for i, k in enumerate(kinds))
+    )
+    settings = context.config.align.model_copy(update={"data": (str(data),), "harmful_share": share})
+    context.config = context.config.model_copy(update={"align": settings})
+    drawn = [row.kind for row in align.alignment_rows(context)]
+    assert (drawn.count("harmful"), len(drawn)) == (harmful, harmful + 6)
+
+
 def test_rehearsal_imitates_own_answers_but_no_refusal_and_no_gibberish_and_leaves_harmful_rows_alone(context):
     said = {"bread": ANSWERS, "kill": REFUSES, "tea": "tea tea tea tea tea tea tea tea tea tea tea tea"}
     context._generator = ScriptedGenerator(

@@ -187,6 +187,13 @@ class AlignConfig(Component):
     data: Names = Field(("shipped",), min_length=1, description="sources of prompts with answers")
     epochs: PositiveFloat = Field(1.0, description="passes over the rows; a fraction is allowed")
     max_rows: PositiveInt | None = Field(None, description="use at most this many rows, drawn by the seed")
+    harmful_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="at most this share of the rows are harmful prompts, drawn by the seed, so that declining does not "
+        "become a habit; null keeps them all",
+    )
     rehearse: bool = Field(
         False,
         description="on prompts that are not harmful, imitate what the start model itself answers instead of the answer "

@@ -74,9 +74,14 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
 
 def alignment_rows(context: RunContext) -> list[Row]:
-    """The rows of this stage; see `rows_with_answers`."""
-    config = context.config
-    return rows_with_answers(config, config.align.data, "align.data", config.align.max_rows)
+    """The rows of this stage; see `rows_with_answers`. Where `align.harmful_share` is set, harmful prompts are drawn."""
+    config, share = context.config, context.config.align.harmful_share
+    rows = rows_with_answers(config, config.align.data, "align.data", config.align.max_rows)
+    if share is None:
+        return rows
+    harmful = [row for row in rows if row.kind == "harmful"]
+    kept = {row.id for row in draw(harmful, round(share / (1 - share) * (len(rows) - len(harmful))), config.seed)}
+    return [row for row in rows if row.kind != "harmful" or row.id in kept]
 
 
 def rows_with_answers(config: RunConfig, sources: Sequence[str], key: str, max_rows: int | None) -> list[Row]:
