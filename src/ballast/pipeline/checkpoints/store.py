@@ -1,0 +1,174 @@
+"""The checkpoints of one training: written whole, checked before they are used, and no more of them than needed.
+
+checkpoints/
+  step-00000020/   adapter, optimizer.pt, ..., manifest.json, and tags.json where it is tagged
+  step-00000030/
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ballast.errors import BallastError
+from ballast.pipeline.checkpoints.manifest import PARTIAL, damage, whole_folder
+from ballast.pipeline.run_folder import write_text
+
+GOOD, BEST = "good", "best"
+_TAGS = "tags.json"
+_BESIDE = frozenset({_TAGS, _TAGS + PARTIAL})
+
+
+class CheckpointError(BallastError, RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole.
+
+    Attributes:
+        step: optimizer steps done when it was made.
+        path: its folder.
+        tags: what is said of it, `good` and `best` among it.
+    """
+
+    step: int
+    path: Path
+    tags: frozenset[str]
+
+
+class CheckpointStore:
+    """The checkpoints in a folder.
+
+    Kept are the last `keep`, the last one tagged `good` and the last one tagged `best`.
+
+    Args:
+        folder: it is made at the first `save`.
+        keep: how many of the last ones; one more than 1, so that one is left when the last is damaged.
+        warn: is told, once each, which checkpoints are damaged and passed over.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._warn = warn or (lambda message: None)
+        self._warned: set[Path] = set()
+
+    def save(self, trainer: Any, step: int, tags: Iterable[str] = ()) -> Checkpoint:
+        """Write a checkpoint, replacing one of the same step, and remove what need not be kept.
+
+        Best called from `on_log`: the step is then done, logged and counted.
+
+        Args:
+            trainer: a transformers Trainer in training, on one process.
+            step: optimizer steps done.
+            tags: what is to be said of it, as with `tag`.
+
+        Raises:
+            CheckpointError: it could not be written, for want of space or of permission.
+        """
+        from ballast.pipeline.checkpoints.training_state import write_training
+
+        path = self._path(step)
+        try:
+            with whole_folder(path) as scratch:
+                write_training(trainer, scratch)
+            self._remove_spare()
+        # torch.save turns the system's error into a RuntimeError, safetensors into one of its own.
+        except Exception as error:
+            if not _of_the_disk(error):
+                raise
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to '{path}' ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "make room on the disk or give write permission; the checkpoints before it are whole, and --resume goes on from them"
+            ) from error
+        return self.tag(step, *tags) if tags else Checkpoint(step, path, frozenset())
+
+    def tag(self, step: int, *tags: str) -> Checkpoint:
+        """Say something of a checkpoint; `best` is taken from the others, for there is one best.
+
+        Raises:
+            CheckpointError: there is none of this step.
+        """
+        path = self._path(step)
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint of step {step} in '{self.folder}' to tag; save it first")
+        if BEST in tags:
+            for other in self._paths():
+                if other != path and BEST in (had := _tags(other)):
+                    write_text(other / _TAGS, json.dumps(sorted(had - {BEST})))
+        now = _tags(path) | set(tags)
+        write_text(path / _TAGS, json.dumps(sorted(now)))
+        self._remove_spare()
+        return Checkpoint(step, path, frozenset(now))
+
+    def last(self) -> Checkpoint | None:
+        """The latest one that is whole."""
+        return self._latest(None)
+
+    def last_good(self) -> Checkpoint | None:
+        """The latest whole one that is tagged `good`."""
+        return self._latest(GOOD)
+
+    def best(self) -> Checkpoint | None:
+        """The one tagged `best`, where it is whole."""
+        return self._latest(BEST)
+
+    def load(self, trainer: Any, checkpoint: Checkpoint, leave: Collection[Any] = ()) -> None:
+        """Turn a training that is under way back to a checkpoint, in place; see `load_training`.
+
+        Args:
+            trainer: it.
+            checkpoint: of this store.
+            leave: callbacks whose own state is not turned back, such as the one that counts the rollbacks.
+        """
+        from ballast.pipeline.checkpoints.training_state import load_training
+
+        load_training(trainer, checkpoint.path, leave)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _paths(self) -> list[Path]:
+        """All there are, whole or not, the latest first."""
+        return sorted((p for p in self.folder.glob("step-*") if p.is_dir() and p.suffix != PARTIAL), reverse=True)
+
+    def _latest(self, tag: str | None) -> Checkpoint | None:
+        for path in self._paths():
+            tags = _tags(path)
+            if tag is not None and tag not in tags:
+                continue
+            wrong = damage(path, _BESIDE)
+            if wrong is None:
+                return Checkpoint(int(path.name.removeprefix("step-")), path, tags)
+            if path not in self._warned:
+                self._warned.add(path)
+                self._warn(f"checkpoint '{path}' is damaged and passed over: {wrong}")
+        return None
+
+    def _remove_spare(self) -> None:
+        paths = self._paths()
+        kept = set(paths[: self.keep])
+        for tag in (GOOD, BEST):
+            kept |= set([path for path in paths if tag in _tags(path)][:1])
+        for path in set(paths) - kept:
+            shutil.rmtree(path)
+        for partial in self.folder.glob(f"step-*{PARTIAL}"):
+            shutil.rmtree(partial)
+
+
+def _tags(path: Path) -> frozenset[str]:
+    try:
+        return frozenset(json.loads((path / _TAGS).read_text()))
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    """Whether an error of one of the libraries that write comes from the system."""
+    return (
+        isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+    )
