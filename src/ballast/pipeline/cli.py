@@ -72,7 +72,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values in place of the file's, such as train.steps=10.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print all of it as YAML, and stop.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Begin an unfinished stage again; finished ones are kept.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run: finished stages are kept.")]
 
 
 def _print_version(wanted: bool) -> None:

@@ -256,8 +256,8 @@ class RewardConfig(Component):
 class TrainConfig(Component):
     """GRPO by TRL with shaped advantages and a LoRA.
 
-    Where `method` is sft, the section `sft` takes its place, and of this one only `max_unscored_share` and `report_to`
-    count.
+    Where `method` is sft, the section `sft` takes its place, and of this one only `max_unscored_share`, `report_to` and
+    `checkpoint_every` count.
     """
 
     method: Literal["grpo", "sft"] = Field(
@@ -285,6 +285,11 @@ class TrainConfig(Component):
     lora: LoraConfig = LoraConfig()
     max_unscored_share: float = Field(
         0.25, ge=0, le=1, description="share of unscored completions in a step that stops the run"
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        None,
+        description="optimizer steps between checkpoints, from the last of which `--resume` goes on after a kill; null makes "
+        "none, and the stage then begins again",
     )
     reward_functions: Names = Field((), description="further rewards as `package.module:function`, weight 1 each")
     report_to: Names = Field((), description="passed on to TRL: wandb, tensorboard, ...; none by default")

@@ -79,7 +79,7 @@ def run(
     Args:
         config: the run.
         stages: names of stages; None for the whole run.
-        resume: go on in a run folder in which a stage was left unfinished.
+        resume: go on in a run folder in which a stage was left unfinished; from its last checkpoint where it has some.
         context: shared parts from an earlier call, for callers that run several configurations.
 
     Returns:
@@ -100,7 +100,7 @@ def run(
         _check_parts(context, [name for name in names if not _kept(context, name)])
         _open_folder(context)
         for name in names:
-            _run_stage(context, name)
+            _run_stage(context, name, resume)
     finally:
         if own:
             context.close()
@@ -271,7 +271,7 @@ def _warn_of_licence(context: RunContext) -> None:
         )
 
 
-def _run_stage(context: RunContext, name: str) -> None:
+def _run_stage(context: RunContext, name: str, resume: bool) -> None:
     folder = context.folder
     _check_stage(context, name)  # again: a stage of this call may have made anew what a finished one was made from
     if _kept(context, name):
@@ -279,7 +279,8 @@ def _run_stage(context: RunContext, name: str) -> None:
         return
     context.say(f"[bold]{name}[/]")
     module = importlib.import_module(f"ballast.pipeline.stages.{stage_of(context.config, name).module or name}")
-    with folder.writing(name, stage_settings(context.config, name), stage_inputs(context, name)) as scratch:
+    settings, inputs = stage_settings(context.config, name), stage_inputs(context, name)
+    with folder.writing(name, settings, inputs, resume) as scratch:
         module.run_stage(context, scratch)
     seconds = folder.record(name)["seconds"]
     context.say(f"[dim]{name}: {seconds:.0f} s[/]")
@@ -292,8 +293,8 @@ def _check_folder(context: RunContext, resume: bool) -> None:
     unfinished = sorted(p.name.removesuffix(".partial") for p in path.glob("*.partial") if p.is_dir())
     if unfinished and not resume:
         raise ConfigError(
-            f"run folder '{path}' holds an unfinished stage '{unfinished[0]}'; add --resume to begin that stage again with the "
-            "finished ones kept, or choose another name="
+            f"run folder '{path}' holds an unfinished stage '{unfinished[0]}'; add --resume to go on with it, from its "
+            "last checkpoint or else from its beginning, with the finished ones kept, or choose another name="
         )
 
 

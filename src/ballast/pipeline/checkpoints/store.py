@@ -105,6 +105,11 @@ class CheckpointStore:
         self._remove_spare()
         return Checkpoint(step, path, frozenset(now))
 
+    def at(self, step: int) -> Checkpoint | None:
+        """That of a step, where it is whole."""
+        path = self._path(step)
+        return Checkpoint(step, path, _tags(path)) if damage(path, _BESIDE) is None else None
+
     def last(self) -> Checkpoint | None:
         """The latest one that is whole."""
         return self._latest(None)

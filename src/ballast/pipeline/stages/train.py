@@ -4,11 +4,11 @@ TRL samples completions through vLLM (the run's one engine), the guard judges ev
 scores become `(N, T)` advantages, and TRL's loss learns from them, in a LoRA on the aligned model.
 
 Writes `adapter/`, `model/` (merged), `completions/` (a parquet file a step, with the risk of every segment
-and the advantage of every token) and `training.json`.
+and the advantage of every token) and `training.json`. Killed, it goes on from its last checkpoint, where
+`train.checkpoint_every` makes some.
 """
 
 import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     """Train the adapter, then write adapter, merged model and completions."""
     from datasets import Dataset
 
+    from ballast.pipeline.checkpoints.resumable import ResumableTraining
     from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
@@ -47,7 +48,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
         ]
     )
     user_rewards = [load_reward_function(path) for path in config.train.reward_functions]
-    table = CompletionsTable(folder / "completions")
+    training = ResumableTraining(context, folder)
+    table = CompletionsTable(folder / "completions", done=training.step)
     policy = load_policy(context.reference_model, config.model.dtype)
     colocated = isinstance(config.generation, VLLMGeneration)
     with shared_engine(context.engine) if colocated else nullcontext():
@@ -83,9 +85,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
         )
     quiet(trainer)
     context.forget_weights()
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    seconds = training.train(trainer)
     check_all_steps_done(trainer.state.global_step, config.train.steps)
     trainer.model.save_pretrained(folder / "adapter")
     save_merged(trainer.model, tokenizer, context.prompt_format, folder / "model")

@@ -5,12 +5,11 @@ own completions). An answer that it cannot judge is left out and counted. Then T
 model, with the loss that `sft.loss` names.
 
 Writes `adapter/`, `model/` (merged), `answers.parquet` (each answer's cuts, risk and STAR) and `training.json`, with how
-often each STAR occurs in each kind.
+often each STAR occurs in each kind. Killed, it goes on from its last checkpoint, where `train.checkpoint_every` makes some.
 """
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     """Judge the answers, train the adapter, write both down."""
     from datasets import Dataset
 
+    from ballast.pipeline.checkpoints.resumable import ResumableTraining
     from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
@@ -63,9 +63,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
             **safe,
         )
     quiet(trainer)
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    seconds = ResumableTraining(context, folder).train(trainer)
     trainer.model.save_pretrained(folder / "adapter")
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
     tokens = sum(len(row["input_ids"]) for row in rows) * settings.epochs

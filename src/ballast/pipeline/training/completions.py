@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ballast.pipeline.training.grpo import StepRecord
@@ -30,14 +31,34 @@ class CompletionsTable:
     Columns: step, kind, prompt (the last user message), completion, token_ids, advantages (one a token),
     tokens_in_loss (fewer than the tokens after an early stop, 0 where unscored), cuts, risk (one a cut; null where
     unscored), unscored_reason, and `reward_NAME` for every term.
+
+    Attributes:
+        rows: completions in the table.
+        tokens: their tokens.
+
+    Args:
+        folder: where the files go.
+        done: optimizer steps that a training goes on after; what the folder has of later ones is removed, for they are made
+            again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, done: int = 0) -> None:
         self.folder = folder
         self.rows = 0
         self.tokens = 0
-        self._part = itertools.count()
         folder.mkdir(parents=True, exist_ok=True)
+        kept = 0
+        for part in sorted(folder.glob("step-*.parquet")):
+            if int(part.name.split("-")[1]) >= done:
+                part.unlink()
+                continue
+            ids = pq.read_table(part, columns=["token_ids"]).column("token_ids")
+            kept, self.rows, self.tokens = (
+                kept + 1,
+                self.rows + len(ids),
+                self.tokens + pc.sum(pc.list_value_length(ids)).as_py(),
+            )
+        self._part = itertools.count(kept)
 
     def write(self, record: StepRecord) -> None:
         """Append the completions of one batch."""

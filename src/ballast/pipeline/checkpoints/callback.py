@@ -1,0 +1,105 @@
+"""When a checkpoint is made: every n optimizer steps, where nothing is half-way."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ballast.pipeline.checkpoints.store import Checkpoint, CheckpointError, CheckpointStore
+from ballast.pipeline.checkpoints.training_state import restore_parts
+
+_MAX_FAILED = 3
+
+
+class CheckpointCallback(TrainerCallback):
+    """Saves a training and, where it goes on from a checkpoint, gives the other callbacks their states back.
+
+    Add it to a trainer that is made, so that it is the last: what it saves then has what the others did at the step. It
+    saves when a step is logged, the last step of a training excepted.
+
+    Args:
+        store: where to.
+        trainer: the trainer that it is added to.
+        every: optimizer steps between checkpoints; a GRPO that learns several times from one batch of completions is saved
+            when it is through with it. None only restores.
+        resumed: the checkpoint that the training goes on from.
+        failed: told of a checkpoint that could not be written. Training goes on, for those before it are whole.
+
+    Raises:
+        CheckpointError: in training, three in a row could not be written.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        trainer: Any,
+        every: int | None,
+        resumed: Checkpoint | None = None,
+        failed: Callable[[CheckpointError], None] | None = None,
+    ) -> None:
+        self.store = store
+        self.trainer = trainer
+        self.every = every
+        self.resumed = resumed
+        self._tell = failed or (lambda error: None)
+        self._failures = 0
+        self._due = False
+        self._before = 0.0
+        self._begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time in training, that of killed processes up to their last checkpoint included."""
+        return self._before + time.perf_counter() - self._begun
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The time so far."""
+        return {"seconds": self.seconds}
+
+    def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Count on from it."""
+        self._before = state["seconds"]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore what the Trainer does not."""
+        self._begun = time.perf_counter()
+        if self.resumed is not None:
+            restore_parts(self.trainer, self.resumed.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save, where it is time."""
+        step = state.global_step
+        # The last step's is of no use: the model itself is written next.
+        if self.every is None or "loss" not in (logs or {}) or step >= state.max_steps:
+            return
+        self._due = self._due or step % self.every == 0
+        if not self._due or not _at_border(args, step) or self.store.at(step) is not None:
+            return
+        try:
+            self.store.save(self.trainer, step)
+        except CheckpointError as error:
+            self._failures += 1
+            if self._failures >= _MAX_FAILED:
+                raise
+            self._tell(error)
+        else:
+            self._failures = 0
+            self._due = False
+
+
+def _at_border(args: Any, step: int) -> bool:
+    """Whether GRPO's buffer of completions is used up after so many optimizer steps, so that nothing of it is lost."""
+    micro_batches = getattr(args, "steps_per_generation", None)
+    if micro_batches is None:
+        return True
+    return bool(step * args.gradient_accumulation_steps % (micro_batches * args.num_iterations) == 0)
