@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ballast.pipeline.checkpoints.store import Checkpoint, CheckpointError, CheckpointStore
-from ballast.pipeline.checkpoints.training_state import restore_parts
+from ballast.pipeline.checkpoints.training_state import resume_parts
 
 _MAX_FAILED = 3
 
@@ -58,8 +58,8 @@ class CheckpointCallback(TrainerCallback):
         return {"seconds": self.seconds}
 
     def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Count on from it."""
-        self._before = state["seconds"]
+        """Count on from it, or from the present time where a training under way is turned back."""
+        self._before, self._begun = max(self.seconds, state["seconds"]), time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,7 +67,7 @@ class CheckpointCallback(TrainerCallback):
         """Restore what the Trainer does not."""
         self._begun = time.perf_counter()
         if self.resumed is not None:
-            restore_parts(self.trainer, self.resumed.path)
+            resume_parts(self.trainer, self.resumed.path)
 
     def on_log(
         self,

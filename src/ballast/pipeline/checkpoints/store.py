@@ -139,7 +139,8 @@ class CheckpointStore:
 
     def _paths(self) -> list[Path]:
         """All there are, whole or not, the latest first."""
-        return sorted((p for p in self.folder.glob("step-*") if p.is_dir() and p.suffix != PARTIAL), reverse=True)
+        folders = (p for p in self.folder.glob("step-*") if p.is_dir() and p.suffix != PARTIAL)
+        return sorted(folders, key=_step, reverse=True)
 
     def _latest(self, tag: str | None) -> Checkpoint | None:
         for path in self._paths():
@@ -148,7 +149,7 @@ class CheckpointStore:
                 continue
             wrong = damage(path, _BESIDE)
             if wrong is None:
-                return Checkpoint(int(path.name.removeprefix("step-")), path, tags)
+                return Checkpoint(_step(path), path, tags)
             if path not in self._warned:
                 self._warned.add(path)
                 self._warn(f"checkpoint '{path}' is damaged and passed over: {wrong}")
@@ -163,6 +164,10 @@ class CheckpointStore:
             shutil.rmtree(path)
         for partial in self.folder.glob(f"step-*{PARTIAL}"):
             shutil.rmtree(partial)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _tags(path: Path) -> frozenset[str]:

@@ -119,6 +119,16 @@ class SafetyProbing:
     def _trained(self) -> list[tuple[str, torch.Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The vectors of the step before, and how many directions failed in a row."""
+        return {"stale": {n: vector.detach() for n, vector in self._stale.items()}, "skipped": self._skipped}
+
+    def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Go on from them."""
+        device = self.accelerator.device
+        self._stale = {n: vector.to(device).requires_grad_() for n, vector in state["stale"].items()}
+        self._skipped = state["skipped"]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, in whose loss the probe stands; it is off again when the step ends."""
         self._stepping = True

@@ -32,6 +32,14 @@ class L2ToStart(TrainerCallback):
         """Note where the weights begin."""
         self._parts = list(_parts(model))
 
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Where the weights began."""
+        return {"starts": [start for part in self._parts for start in part.starts]}
+
+    def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Pull to that start, not to the weights that a resumed training begins with."""
+        _copy(state["starts"], [start for part in self._parts for start in part.starts])
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -59,6 +67,11 @@ class _Whole:
     parameter: torch.Tensor
     start: torch.Tensor
 
+    @property
+    def starts(self) -> tuple[torch.Tensor, ...]:
+        """What it is compared with."""
+        return (self.start,)
+
     def pull(self, weight: float) -> float:
         """Add weight * (w - w_start) to the gradient; gives |w - w_start|^2."""
         change = self.parameter.detach() - self.start
@@ -75,6 +88,11 @@ class _Product:
     scale: float
     a_start: torch.Tensor
     b_start: torch.Tensor
+
+    @property
+    def starts(self) -> tuple[torch.Tensor, ...]:
+        """What it is compared with."""
+        return (self.a_start, self.b_start)
 
     def pull(self, weight: float) -> float:
         """Add the gradients in A and B; gives s^2 |B A - B_start A_start|^2, without making the (out, in) matrix."""
@@ -142,6 +160,15 @@ class WeightAverage(TrainerCallback):
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._average = [p.detach().float().clone() for p in self._trained]
         self._live = None
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The average, and the weights themselves where the model shows the average at the moment."""
+        return {"average": self._average, "live": self._live}
+
+    def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Go on from both."""
+        _copy(state["average"], self._average)
+        self._live = state["live"]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

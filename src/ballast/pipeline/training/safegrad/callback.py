@@ -182,6 +182,16 @@ class SafeGrad(TrainerCallback):
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._mode = self._made_mode()
 
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The safety gradient that is used again, and how many updates were skipped."""
+        return {"skipped": self.skipped, "project": self._mode.state() if isinstance(self._mode, Project) else {}}
+
+    def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Go on from both."""
+        self.skipped = state["skipped"]
+        if isinstance(self._mode, Project):
+            self._mode.restore(state["project"], self._parameters[0].device)
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,

@@ -5,7 +5,7 @@ u task gradient   a safety gradient
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -79,6 +79,15 @@ class Project:
         self.log_layers = log_layers
         self.failed = False
         self._kept: SafetyGradient | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The gradient that is kept between two."""
+        return {} if self._kept is None else asdict(self._kept)
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on with a kept gradient."""
+        parts = [None if part is None else part.to(device) for part in state.get("parts", ())]
+        self._kept = SafetyGradient(**{**state, "parts": parts}) if state else None
 
     def before(self, update: Update) -> dict[str, float]:
         """Project and add."""
