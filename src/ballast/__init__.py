@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ballast.guardrails.types import Exchange, Guardrail, RiskTrace
     from ballast.pipeline.config import RunConfig
     from ballast.pipeline.localization.localize import localize_safety_layers
+    from ballast.pipeline.monitoring.callback import SafetyMonitor
     from ballast.pipeline.run import run
     from ballast.pipeline.training.freezing import freeze_layers
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
@@ -29,6 +30,7 @@ __all__ = [
     "RiskTrace",
     "RunConfig",
     "SafeGrad",
+    "SafetyMonitor",
     "SafetyProbing",
     "ShapedGRPOTrainer",
     "ShapedSFTTrainer",
@@ -46,6 +48,7 @@ _HOMES = {
     "RiskTrace": "ballast.guardrails.types",
     "RunConfig": "ballast.pipeline.config",
     "SafeGrad": "ballast.pipeline.training.safegrad.callback",
+    "SafetyMonitor": "ballast.pipeline.monitoring.callback",
     "SafetyProbing": "ballast.pipeline.training.probing",
     "ShapedGRPOTrainer": "ballast.pipeline.training.grpo",
     "ShapedSFTTrainer": "ballast.pipeline.training.sft",

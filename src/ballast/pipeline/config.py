@@ -32,6 +32,7 @@ from ballast.guardrails.registry import PluginOptions
 from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
 from ballast.pipeline.config_base import Component, LoraConfig, Names
+from ballast.pipeline.config_monitor import MonitorConfig
 from ballast.pipeline.config_probing import ProbingConfig
 from ballast.pipeline.config_regularization import RegularizationConfig, check_method
 from ballast.pipeline.config_rewards import GuardRefusal, KeywordRefusal, RefusalConfig, TaskRewardConfig, check_names
@@ -367,6 +368,7 @@ class RunConfig(Component):
     freeze: FreezeConfig = FreezeConfig()
     probing: ProbingConfig = ProbingConfig()
     regularization: RegularizationConfig = RegularizationConfig()
+    monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -385,6 +387,20 @@ class RunConfig(Component):
                 if alone
                 else f"judge and guard share one that decides ({which}); a policy learns to please its guard, so "
                 "measure with others: leave it out of the members of one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _monitor_is_another_guard(self) -> Self:
+        monitor = self.monitor
+        if monitor.judge is None or monitor.allow_reward_guard:
+            return self
+        rewarding = deciding_guards(self.guard)
+        shared = [kind for key, kind in deciding_guards(monitor.judge).items() if key in rewarding]
+        if shared:
+            raise ValueError(
+                f"monitor.judge and guard share one that decides ({shared[0]}); a policy learns to please its guard, so watch it "
+                "with another one: leave monitor.judge out, which takes the run's judge, or set monitor.allow_reward_guard to true"
             )
         return self
 

@@ -44,6 +44,7 @@ class Stage:
 _POLICY = ("seed", "model", "prompting", "data")
 _MEASURED = (*_POLICY, "generation", "guard", "judge", "segments", "shaping", "rewards", "evaluate")
 _SAFE_UPDATES = ("safegrad", "freeze", "probing", "regularization")
+_MONITORING = ("monitor", "judge", "evaluate")  # what a monitored training depends on besides
 _TRAINING = ("data.train", "data.test")  # the test prompts too: none may be trained on
 
 # In the order in which they run. Each is the module of that name in `stages/`; SFT takes `train_sft` for `train`.
@@ -114,6 +115,11 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     stage = replace(stage, needs=needs, in_run=stage.in_run and (name != "align" or config.align.enabled))
     if name == "train":
         stage = replace(stage, needs=(*stage.needs, *_localized(config)), data=(*stage.data, *_safety_data(config)))
+    if name == "train" and config.monitor.enabled:
+        suite = (
+            () if config.monitor.suite is None else ("monitor.suite",)
+        )  # else it is data.test, which train reads anyway
+        stage = replace(stage, reads=(*stage.reads, *_MONITORING), data=(*stage.data, *suite))
     if name == "localize":
         stage = replace(stage, in_run=bool(_localized(config)))
     needs = stage.needs
@@ -243,8 +249,12 @@ def _check_rewards(context: RunContext) -> None:
 
 
 def _check_safety_rows(context: RunContext) -> None:
-    """The rows of the safe updates that are on: they are there, have answers, and are none of the test prompts."""
+    """The rows of the monitor and the safe updates that are on: they are there, and on the right side of the split."""
     config = context.config
+    if config.monitor.enabled:
+        from ballast.pipeline.monitoring.of_run import monitor_suite
+
+        monitor_suite(config)
     if config.safegrad.enabled:
         from ballast.pipeline.safe_updates import safegrad_rows
 

@@ -27,6 +27,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from datasets import Dataset
 
     from ballast.pipeline.checkpoints.resumable import ResumableTraining
+    from ballast.pipeline.monitoring.of_run import monitored
     from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
@@ -84,9 +85,11 @@ def run_stage(context: RunContext, folder: Path) -> None:
             **safe,
         )
     quiet(trainer)
+    monitor = monitored(context, trainer, folder, training.store)
     context.forget_weights()
     seconds = training.train(trainer)
-    check_all_steps_done(trainer.state.global_step, config.train.steps)
+    if monitor is None or not monitor.stopped:
+        check_all_steps_done(trainer.state.global_step, config.train.steps)
     trainer.model.save_pretrained(folder / "adapter")
     save_merged(trainer.model, tokenizer, context.prompt_format, folder / "model")
     (folder / "training.json").write_text(

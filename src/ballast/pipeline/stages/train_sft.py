@@ -33,6 +33,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from datasets import Dataset
 
     from ballast.pipeline.checkpoints.resumable import ResumableTraining
+    from ballast.pipeline.monitoring.of_run import monitored
     from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
@@ -63,7 +64,9 @@ def run_stage(context: RunContext, folder: Path) -> None:
             **safe,
         )
     quiet(trainer)
-    seconds = ResumableTraining(context, folder).train(trainer)
+    training = ResumableTraining(context, folder)
+    monitored(context, trainer, folder, training.store)
+    seconds = training.train(trainer)
     trainer.model.save_pretrained(folder / "adapter")
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
     tokens = sum(len(row["input_ids"]) for row in rows) * settings.epochs
