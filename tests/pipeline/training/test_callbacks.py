@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+from ballast.pipeline.training import callbacks
 from ballast.pipeline.training.callbacks import MetricsCallback
 
 
@@ -18,3 +19,15 @@ def test_the_reward_shown_is_ours_and_a_figure_without_a_value_is_left_out() -> 
     assert "risk" not in said[0]
     assert "9" not in said[0].split("(")[0]
     assert written[0]["risk/mean"] is None
+
+
+def test_the_time_left_of_a_resumed_training_is_by_its_own_steps(monkeypatch: Any) -> None:
+    said: list[str] = []
+    context = SimpleNamespace(folder=SimpleNamespace(log=lambda line: None), say=said.append)
+    callback = MetricsCallback(context, "train")  # type: ignore[arg-type]
+    seconds = iter((100.0, 104.0))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    callback.on_train_begin(None, SimpleNamespace(global_step=6, max_steps=10), None)  # type: ignore[arg-type]
+    # 2 steps in 4 s, and 2 are left
+    callback.on_log(None, SimpleNamespace(global_step=8, max_steps=10), None, logs={"loss": 0.5})  # type: ignore[arg-type]
+    assert "(4 s, about 4 s left)" in said[0]

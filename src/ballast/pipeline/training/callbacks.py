@@ -25,12 +25,13 @@ class MetricsCallback(TrainerCallback):
         self.context = context
         self.stage = stage
         self._begun = time.perf_counter()
+        self._first = 0  # steps that an earlier process made
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock for the time left."""
-        self._begun = time.perf_counter()
+        self._begun, self._first = time.perf_counter(), state.global_step
 
     def on_log(
         self,
@@ -47,7 +48,7 @@ class MetricsCallback(TrainerCallback):
         self.context.folder.log({"event": "step", "stage": self.stage, "step": state.global_step, **logs})
         shown = "  ".join(f"{name} {float(logs[key]):.3g}" for key, name in _SHOWN.items() if logs.get(key) is not None)
         elapsed = time.perf_counter() - self._begun
-        left = elapsed / max(1, state.global_step) * (state.max_steps - state.global_step)
+        left = elapsed / max(1, state.global_step - self._first) * (state.max_steps - state.global_step)
         self.context.say(
             f"  step {state.global_step}/{state.max_steps}  {shown}  ({elapsed:.0f} s, about {left:.0f} s left)"
         )
