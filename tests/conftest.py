@@ -53,7 +53,7 @@ def tiny_model(tokenizer: Any) -> Any:
 @pytest.fixture(scope="session")
 def vllm_engine(embedded_folder: Path) -> Iterator[Any]:
     """One vLLM engine with the embedded model. A test that loads other weights puts the first ones back."""
-    from ballast.pipeline.config import VLLMGeneration
+    from ballast.pipeline.config_inputs import VLLMGeneration
     from ballast.pipeline.vllm_engine import VLLMEngine
 
     engine = VLLMEngine(str(embedded_folder), VLLMGeneration(max_model_len=512))

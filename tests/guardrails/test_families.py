@@ -251,7 +251,7 @@ def test_an_empty_guideline_is_refused():
 def test_verdict_guards_on_one_model_are_the_same_guard():
     from ballast.guardrails.families.llama_guard import LlamaGuardOptions
     from ballast.guardrails.families.prompted import PromptedOptions
-    from ballast.pipeline.config import guard_identity
+    from ballast.pipeline.config_guards import guard_identity
 
     assert guard_identity(LlamaGuardOptions(model="a/b")) == guard_identity(PromptedOptions(model="a/b"))
     assert guard_identity(LlamaGuardOptions(model="a/b")) != guard_identity(LlamaGuardOptions(model="a/c"))

@@ -13,7 +13,7 @@ from ballast.guardrails.contract import check_guardrail
 from ballast.guardrails.families.moderation import ModerationGuard, ModerationOptions
 from ballast.guardrails.registry import load_guardrail
 from ballast.guardrails.types import Exchange
-from ballast.pipeline.config import guard_identity
+from ballast.pipeline.config_guards import guard_identity
 
 MESSAGES = ({"role": "user", "content": "hello"},)
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from ballast.errors import ConfigError
-from ballast.pipeline.config import RunConfig, TransformersGeneration, VLLMGeneration
+from ballast.pipeline.config import RunConfig
+from ballast.pipeline.config_inputs import TransformersGeneration, VLLMGeneration
 from ballast.pipeline.config_loading import config_hash, dump_config, load_config, shipped_configs
 
 SMALLEST = {"name": "tiny", "model": {"name": "some/model"}, "guard": {"type": "embedded"}, "judge": {"type": "ngram"}}

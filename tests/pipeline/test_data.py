@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ballast.errors import DataError
-from ballast.pipeline.config import DataConfig
+from ballast.pipeline.config_inputs import DataConfig
 from ballast.pipeline.data import Row, draw, held_out_suite, load_rows, normalise, training_rows
 from ballast.pipeline.evaluation.suites import KINDS
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ballast.pipeline.config import SamplingConfig
+from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.generation import ScriptedGenerator, TransformersGenerator
 
 pytestmark = pytest.mark.model

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ballast.errors import EngineError
-from ballast.pipeline.config import VLLMGeneration
+from ballast.pipeline.config_inputs import VLLMGeneration
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.run import run

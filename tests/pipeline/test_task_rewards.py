@@ -13,9 +13,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ballast.errors import ConfigError, DataError
-from ballast.pipeline.config import DataConfig, RewardConfig, TrainConfig
+from ballast.pipeline.config_inputs import DataConfig
 from ballast.pipeline.config_loading import dump_config, load_config
-from ballast.pipeline.config_rewards import TaskRewardConfig
+from ballast.pipeline.config_rewards import RewardConfig, TaskRewardConfig
+from ballast.pipeline.config_train import TrainConfig
 from ballast.pipeline.data import training_rows
 from ballast.pipeline.run import _check_rewards
 from ballast.pipeline.stages.train import grpo_arguments

@@ -4,321 +4,35 @@ Parsing needs neither torch nor vLLM, so a mistake is answered in under a second
 vetted setting; a required key has none. `config_loading` reads YAML files and dotted overrides into these.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Self
 
 from pydantic import (
-    BaseModel,
     Field,
-    NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
-from ballast.guardrails.calibrated import CalibratedOptions
-from ballast.guardrails.families.classifier import ClassifierOptions
-from ballast.guardrails.families.ensemble import EnsembleOptions
-from ballast.guardrails.families.granite import GraniteGuardianOptions
-from ballast.guardrails.families.llama_guard import LlamaGuardOptions
-from ballast.guardrails.families.moderation import ModerationOptions
-from ballast.guardrails.families.prompted import PromptedOptions
-from ballast.guardrails.families.qwen3guard import Qwen3GuardOptions
-from ballast.guardrails.families.shieldgemma import ShieldGemmaOptions
-from ballast.guardrails.families.verdict import VerdictOptions
-from ballast.guardrails.heads.embedded import EmbeddedOptions
-from ballast.guardrails.heads.qwen3guard_stream import Qwen3GuardStreamOptions
-from ballast.guardrails.ngram import NgramOptions
-from ballast.guardrails.registry import PluginOptions
-from ballast.guardrails.rules import RulesOptions
 from ballast.guardrails.segments import SegmentOptions
-from ballast.pipeline.config_base import Component, LoraConfig, Names
+from ballast.pipeline.config_align import AlignConfig
+from ballast.pipeline.config_base import Component
+from ballast.pipeline.config_guards import DECIDES, GuardOptions, deciding_guards
+from ballast.pipeline.config_inputs import (
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    PromptingConfig,
+    SamplingConfig,
+    VLLMGeneration,
+)
 from ballast.pipeline.config_monitor import MonitorConfig
 from ballast.pipeline.config_probing import ProbingConfig
 from ballast.pipeline.config_regularization import RegularizationConfig, check_method
-from ballast.pipeline.config_rewards import GuardRefusal, KeywordRefusal, RefusalConfig, TaskRewardConfig, check_names
+from ballast.pipeline.config_rewards import GuardRefusal, RewardConfig
 from ballast.pipeline.config_safe_updates import SafeGradConfig
 from ballast.pipeline.config_safety_layers import FreezeConfig, LocalizeConfig
 from ballast.pipeline.config_sft import SFTConfig
-from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig, refuse_wrong_options
-from ballast.pipeline.evaluation.suites import Kind
-
-GuardOptions = Annotated[
-    CalibratedOptions
-    | ClassifierOptions
-    | EmbeddedOptions
-    | EnsembleOptions
-    | GraniteGuardianOptions
-    | LlamaGuardOptions
-    | ModerationOptions
-    | NgramOptions
-    | PluginOptions
-    | PromptedOptions
-    | Qwen3GuardOptions
-    | Qwen3GuardStreamOptions
-    | RulesOptions
-    | ShieldGemmaOptions,
-    Field(discriminator="type"),
-]
-
-
-# What tells two guards of one type apart, by type; `guard_identity` reads it.
-_DECIDES: dict[str, str] = {
-    "classifier": "model",
-    "granite_guardian": "model",
-    "llama_guard": "model",
-    "plugin": "name",
-    "prompted": "model",
-    "qwen3guard": "model",
-    "qwen3guard_stream": "model",
-    "rules": "patterns",
-    "shieldgemma": "model",
-}
-
-
-def guard_identity(options: BaseModel) -> tuple[object, ...]:
-    """What makes two guards the same one: not batch sizes, precision or templates, but what decides.
-
-    Of a guard on a model that model, whatever its family, of a moderation endpoint its address and model, of a
-    plug-in its name, of rules their patterns; of the others the type.
-    """
-    match options:
-        case VerdictOptions() | ClassifierOptions() | Qwen3GuardStreamOptions():
-            return "model", options.model
-        case ModerationOptions():
-            return options.type, options.base_url.rstrip("/"), options.model
-        case PluginOptions():
-            return options.type, options.name
-        case RulesOptions():
-            return options.type, frozenset(rule.pattern for rule in options.patterns)
-        case _:
-            return (getattr(options, "type", None),)
-
-
-def deciding_guards(options: BaseModel) -> dict[tuple[object, ...], str]:
-    """Every guard that has a say, by identity, with its type: looks into ensembles and through calibrations."""
-    match options:
-        case EnsembleOptions():
-            return {key: kind for member in options.members for key, kind in deciding_guards(member).items()}
-        case CalibratedOptions():
-            return deciding_guards(options.guard)
-        case _:
-            return {guard_identity(options): str(getattr(options, "type", ""))}
-
-
-class ModelConfig(Component):
-    """The policy, as it is before this run."""
-
-    name: str = Field(description="`embedded:smollm2-135m`, a local model folder, or a hub id")
-    revision: str | None = Field(None, description="commit or tag of a hub id; None takes its default branch")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="precision of the weights in training")
-
-
-class PromptingConfig(Component):
-    """The prompt that surrounds every request, the same in training, evaluation and serving."""
-
-    system_prompt: str | None = Field(
-        None, description="system message of every conversation; None leaves it to the chat template's own default"
-    )
-
-
-class DataConfig(Component):
-    """Prompts to train and to measure on. Train and test must not share a prompt.
-
-    A source is `shipped` (or `shipped:harmful`, `shipped:ordinary,scary`), a json, jsonl, csv or parquet file, or
-    a hub id with `:split` behind it.
-    """
-
-    train: Names = Field(("shipped",), min_length=1, description="sources of training prompts")
-    test: Names = Field(("shipped",), min_length=1, description="sources of the held-out prompts")
-    prompt_column: str = Field("prompt", description="column of the request, in files and hub data sets")
-    response_column: str = Field("response", description="column of the answer to imitate, read by `align` alone")
-    kind_column: str = Field("kind", description="column that says harmful, scary or ordinary")
-    kind: Kind | None = Field(None, description="kind of the rows of a source that has no kind column")
-    max_train: PositiveInt | None = Field(
-        None, description="keep at most this many training prompts, drawn by the seed"
-    )
-    max_train_per_kind: PositiveInt | None = Field(
-        None,
-        description="keep at most this many training prompts of each kind, so that a large source of one kind does not drown the others",
-    )
-    max_test: PositiveInt | None = Field(
-        None, description="keep at most this many test prompts, the same ones for every seed"
-    )
-
-
-class SamplingConfig(Component):
-    """How completions are sampled."""
-
-    max_new_tokens: PositiveInt = Field(64, description="tokens after which an answer is cut off")
-    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy decoding")
-
-
-class VLLMGeneration(Component):
-    """Generation by vLLM inside this process, on a GPU or on the CPU."""
-
-    type: Literal["vllm"] = "vllm"
-    max_model_len: PositiveInt = Field(1024, description="longest prompt plus completion, in tokens")
-    enforce_eager: bool = Field(
-        True, description="true starts in seconds; false compiles for a minute, then runs faster"
-    )
-    gpu_memory_utilization: float = Field(
-        0.3, gt=0, lt=1, description="share of the GPU that vLLM may take beside the trainer"
-    )
-    cpu_kv_cache_gib: PositiveInt = Field(1, description="size of the KV cache on a CPU, in GiB")
-    max_num_seqs: PositiveInt = Field(64, description="completions that are written at the same time")
-
-
-class TransformersGeneration(Component):
-    """Generation by transformers: slower, for models that vLLM lacks and for exact resume on a CPU."""
-
-    type: Literal["transformers"] = "transformers"
-    batch_size: PositiveInt = Field(16, description="completions that are written at the same time")
-
-
-GenerationConfig = Annotated[VLLMGeneration | TransformersGeneration, Field(discriminator="type")]
-
-
-class AlignConfig(Component):
-    """A warm start before GRPO: LoRA SFT on answers, merged into a model folder of its own.
-
-    Every reference and every later adapter starts at that folder.
-    """
-
-    enabled: bool = Field(True, description="false goes straight to GRPO from the start model")
-    data: Names = Field(("shipped",), min_length=1, description="sources of prompts with answers")
-    epochs: PositiveFloat = Field(1.0, description="passes over the rows; a fraction is allowed")
-    max_rows: PositiveInt | None = Field(None, description="use at most this many rows, drawn by the seed")
-    harmful_share: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="at most this share of the rows are harmful prompts, drawn by the seed, so that declining does not "
-        "become a habit; null keeps them all",
-    )
-    rehearse: bool = Field(
-        False,
-        description="on prompts that are not harmful, imitate what the start model itself answers instead of the answer "
-        "in the data, so that refusals change and little else; a refusal of its own is never imitated",
-    )
-    sampling: SamplingConfig = Field(SamplingConfig(), description="how the answers to rehearse are sampled")
-    learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate, linear decay")
-    batch_size: PositiveInt = Field(8, description="rows per optimizer step")
-    max_length: PositiveInt = Field(256, description="tokens of prompt and answer; longer rows are cut")
-    opening_tokens: PositiveInt | None = Field(
-        None,
-        description="imitate at most this many tokens of an answer, from its start: where it declines or does not; "
-        "null imitates all of it",
-    )
-    lora: LoraConfig = LoraConfig()
-
-
-class RewardConfig(Component):
-    """Weights of the terms that are normalised, each on its own, and then added."""
-
-    star: NonNegativeFloat = Field(1.0, description="lowest cleaned STAR of an answer to a harmful prompt")
-    refusal: NonNegativeFloat = Field(1.0, description="decline harmful requests, answer the others")
-    refusal_baseline: Literal["group", "batch"] = Field(
-        "group",
-        description="what the refusal term is compared with: the prompt's own group, or all completions of the step, "
-        "which also presses on a group that refuses or answers as a whole",
-    )
-    over_refusal: PositiveFloat = Field(
-        1.0,
-        description="with refusal_baseline=batch: how many answered harmful prompts a refused harmless one weighs as much as",
-    )
-    refusal_opening: PositiveInt | None = Field(
-        None,
-        description="segments from the start of an answer that the refusal term is charged to, since there an answer "
-        "declines or does not; null charges the whole answer",
-    )
-    refusal_by: RefusalConfig = Field(KeywordRefusal(), description="what says of an answer whether it declines")
-    coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
-    task: tuple[TaskRewardConfig, ...] = Field((), description="rewards of a task: right answers, formats, functions")
-    std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that a reward is divided by")
-    star_std_floor: PositiveFloat = Field(
-        0.1, description="the same for the star term, whose scores lie closer together; 0.05 is sharper, and noisier"
-    )
-
-    @model_validator(mode="after")
-    def _refusing_everything_must_not_win(self) -> Self:
-        if self.star > 0 and self.refusal == 0:
-            raise ValueError(
-                "rewards.refusal = 0 with rewards.star > 0 lets a policy win by refusing everything; "
-                "set rewards.refusal above 0, or rewards.star to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        check_names(self.task)
-        return self
-
-
-class TrainConfig(Component):
-    """GRPO by TRL with shaped advantages and a LoRA.
-
-    Where `method` is sft, the section `sft` takes its place, and of this one only `max_unscored_share`, `report_to` and
-    `checkpoint_every` count.
-    """
-
-    method: Literal["grpo", "sft"] = Field(
-        "grpo", description="grpo learns from its own completions, sft imitates answers as the section sft says"
-    )
-    steps: PositiveInt = Field(30, description="optimizer steps")
-    prompts_per_step: PositiveInt = Field(4, description="different prompts in a step")
-    group_size: int = Field(8, ge=2, description="completions of each prompt; the group is the baseline")
-    micro_batch_size: PositiveInt = Field(16, description="completions per forward and backward pass")
-    learning_rate: PositiveFloat = Field(1e-4, description="peak learning rate")
-    warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear"] = Field(
-        "constant", description="the learning rate after the warm-up: constant, or falling to 0 at the last step"
-    )
-    max_grad_norm: PositiveFloat = Field(1.0, description="gradient norm above which gradients are scaled down")
-    beta: NonNegativeFloat = Field(0.0, description="KL to the reference in TRL's loss; 0 computes no reference")
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = Field(
-        "dapo", description="TRL's policy loss; vespo and luspo are wrong with per-token advantages"
-    )
-    importance_sampling: bool = Field(
-        True,
-        description="correct for the difference between vLLM's log-probs and the trainer's, token by token; costs a forward",
-    )
-    sampling: SamplingConfig = SamplingConfig()
-    lora: LoraConfig = LoraConfig()
-    max_unscored_share: float = Field(
-        0.25, ge=0, le=1, description="share of unscored completions in a step that stops the run"
-    )
-    checkpoint_every: PositiveInt | None = Field(
-        None,
-        description="optimizer steps between checkpoints, from the last of which `--resume` goes on after a kill; null makes "
-        "none, and the stage then begins again",
-    )
-    reward_functions: Names = Field((), description="further rewards as `package.module:function`, weight 1 each")
-    report_to: Names = Field((), description="passed on to TRL: wandb, tensorboard, ...; none by default")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _follows_tokens(cls, data: Any) -> Any:
-        refuse_wrong_options("train", data if isinstance(data, dict) else {})
-        return data
-
-    @model_validator(mode="after")
-    def _groups_differ(self) -> Self:
-        if self.sampling.temperature == 0:
-            raise ValueError(
-                "train.sampling.temperature = 0 makes all completions of a group alike, so that none is better than "
-                "another; set it above 0, usually to 1.0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _batch_splits_evenly(self) -> Self:
-        rows = self.prompts_per_step * self.group_size
-        if rows % min(self.micro_batch_size, rows):
-            raise ValueError(
-                f"train.micro_batch_size = {self.micro_batch_size} does not divide prompts_per_step * group_size = {rows}; "
-                f"choose a divisor of {rows}"
-            )
-        return self
+from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig
+from ballast.pipeline.config_train import TrainConfig
 
 
 class EvaluateConfig(Component):
@@ -378,7 +92,7 @@ class RunConfig(Component):
             rewarding |= deciding_guards(self.rewards.refusal_by.guard)
         shared = [kind for key, kind in measuring.items() if key in rewarding]
         if shared:
-            what = _DECIDES.get(shared[0])
+            what = DECIDES.get(shared[0])
             which = f"{shared[0]}, with the same {what}" if what else shared[0]
             alone = len(rewarding) == len(measuring) == 1
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Task rewards and the refusal detector in a run's configuration; what each does stands in docs/rewards.md.
+"""Rewards in a run's configuration: weights, the refusal detector, task rewards; docs/rewards.md says what each does.
 
 rewards:
   refusal_by: {type: keywords}
@@ -8,9 +8,9 @@ rewards:
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, field_validator
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ballast.guardrails.registry import NestedGuardOptions
 from ballast.pipeline.config_base import Component, Names
@@ -255,3 +255,45 @@ class GuardRefusal(Component):
 
 
 RefusalConfig = Annotated[KeywordRefusal | GuardRefusal, Field(discriminator="type")]
+
+
+class RewardConfig(Component):
+    """Weights of the terms that are normalised, each on its own, and then added."""
+
+    star: NonNegativeFloat = Field(1.0, description="lowest cleaned STAR of an answer to a harmful prompt")
+    refusal: NonNegativeFloat = Field(1.0, description="decline harmful requests, answer the others")
+    refusal_baseline: Literal["group", "batch"] = Field(
+        "group",
+        description="what the refusal term is compared with: the prompt's own group, or all completions of the step, "
+        "which also presses on a group that refuses or answers as a whole",
+    )
+    over_refusal: PositiveFloat = Field(
+        1.0,
+        description="with refusal_baseline=batch: how many answered harmful prompts a refused harmless one weighs as much as",
+    )
+    refusal_opening: PositiveInt | None = Field(
+        None,
+        description="segments from the start of an answer that the refusal term is charged to, since there an answer "
+        "declines or does not; null charges the whole answer",
+    )
+    refusal_by: RefusalConfig = Field(KeywordRefusal(), description="what says of an answer whether it declines")
+    coherence: NonNegativeFloat = Field(0.5, description="fluent text of some length, on every prompt")
+    task: tuple[TaskRewardConfig, ...] = Field((), description="rewards of a task: right answers, formats, functions")
+    std_floor: PositiveFloat = Field(0.1, description="smallest spread of a group that a reward is divided by")
+    star_std_floor: PositiveFloat = Field(
+        0.1, description="the same for the star term, whose scores lie closer together; 0.05 is sharper, and noisier"
+    )
+
+    @model_validator(mode="after")
+    def _refusing_everything_must_not_win(self) -> Self:
+        if self.star > 0 and self.refusal == 0:
+            raise ValueError(
+                "rewards.refusal = 0 with rewards.star > 0 lets a policy win by refusing everything; "
+                "set rewards.refusal above 0, or rewards.star to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        check_names(self.task)
+        return self

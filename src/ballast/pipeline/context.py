@@ -17,7 +17,8 @@ from ballast.errors import ConfigError, DataError, ModelError
 from ballast.guardrails.registry import load_guardrail
 from ballast.guardrails.types import Guardrail
 from ballast.models import resolve_model
-from ballast.pipeline.config import RunConfig, SamplingConfig, TransformersGeneration
+from ballast.pipeline.config import RunConfig
+from ballast.pipeline.config_inputs import SamplingConfig, TransformersGeneration
 from ballast.pipeline.data import Row
 from ballast.pipeline.evaluation.suites import SuitePrompt
 from ballast.pipeline.generation import Generator, TransformersGenerator, VLLMGenerator

@@ -14,7 +14,7 @@ from ballast.pipeline.data_columns import ColumnUse, check_columns, take
 from ballast.pipeline.evaluation.suites import KINDS, Kind, Suite, SuitePrompt
 
 if TYPE_CHECKING:
-    from ballast.pipeline.config import DataConfig
+    from ballast.pipeline.config_inputs import DataConfig
 
 Split = Literal["train", "test"]
 

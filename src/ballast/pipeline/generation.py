@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from ballast.pipeline.config import SamplingConfig
+    from ballast.pipeline.config_inputs import SamplingConfig
     from ballast.pipeline.vllm_engine import VLLMEngine
 
 Progress = Callable[[int], None]

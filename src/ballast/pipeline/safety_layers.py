@@ -10,7 +10,8 @@ from ballast.pipeline.data import Row, draw, load_rows, normalise
 from ballast.pipeline.stages.align import peft_config, rows_with_answers
 
 if TYPE_CHECKING:
-    from ballast.pipeline.config import LoraConfig, RunConfig
+    from ballast.pipeline.config import RunConfig
+    from ballast.pipeline.config_base import LoraConfig
     from ballast.pipeline.context import RunContext
 
 LAYERS_FILE = "layers.json"

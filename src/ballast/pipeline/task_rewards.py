@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ballast.pipeline.config import RewardConfig, TrainConfig
 from ballast.pipeline.config_rewards import (
     AnswerTerm,
     ChoiceTerm,
@@ -13,11 +12,13 @@ from ballast.pipeline.config_rewards import (
     JsonTerm,
     NumericTerm,
     RegexTerm,
+    RewardConfig,
     RewardPluginTerm,
     RougeTerm,
     TaskTerm,
     UserTerm,
 )
+from ballast.pipeline.config_train import TrainConfig
 from ballast.pipeline.data_columns import ColumnUse
 from ballast.pipeline.evaluation.suites import KINDS
 from ballast.rewards.formats import Format, ValidJson

@@ -24,7 +24,7 @@ from ballast.vllm_environment import last_line, start_vllm
 if TYPE_CHECKING:
     import torch
 
-    from ballast.pipeline.config import VLLMGeneration
+    from ballast.pipeline.config_inputs import VLLMGeneration
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.guardrails.segments import SegmentOptions
 from ballast.guardrails.types import RiskTrace
-from ballast.pipeline.config import ShapingConfig
+from ballast.pipeline.config_shaping import ShapingConfig
 from ballast.pipeline.training.grpo import ShapedGRPOTrainer, StepRecord
 from ballast.pipeline.training.kl_reference import log_ratio_to_reference
 from ballast.pipeline.training.options import check_options

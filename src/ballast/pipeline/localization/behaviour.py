@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ballast.pipeline.config import SamplingConfig
+from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.generation import TransformersGenerator
 from ballast.pipeline.localization.bands import Band, Choice, Curve
 from ballast.pipeline.localization.gap import left_padded

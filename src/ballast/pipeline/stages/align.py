@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ballast.errors import DataError
-from ballast.pipeline.config import LoraConfig, RunConfig
+from ballast.pipeline.config import RunConfig
+from ballast.pipeline.config_base import LoraConfig
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, draw, load_rows, normalise
 from ballast.pipeline.prompting import PromptFormat

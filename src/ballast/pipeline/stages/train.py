@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ballast.errors import BallastError, DataError
-from ballast.pipeline.config import RunConfig, VLLMGeneration
+from ballast.pipeline.config import RunConfig
+from ballast.pipeline.config_inputs import VLLMGeneration
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, interleave, training_rows
 from ballast.pipeline.model_record import check_record

@@ -19,7 +19,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from ballast.errors import GuardError
-from ballast.pipeline.config import ShapingConfig
+from ballast.pipeline.config_shaping import ShapingConfig
 from ballast.pipeline.prompting import PromptFormat
 from ballast.pipeline.training.kl_reference import check_reference, log_ratio_to_reference
 from ballast.pipeline.training.options import check_options
