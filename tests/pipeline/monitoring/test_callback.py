@@ -12,11 +12,12 @@ from trl import SFTConfig, SFTTrainer
 
 from ballast.errors import BallastError, ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
-from ballast.pipeline.config import SamplingConfig
+from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.judges import Completion, Verdict
 from ballast.pipeline.evaluation.suites import SuitePrompt
 from ballast.pipeline.monitoring.answers import Measured
 from ballast.pipeline.monitoring.callback import SafetyMonitor
+from ballast.pipeline.monitoring.history import history_lines
 
 pytestmark = pytest.mark.model
 
@@ -236,6 +237,19 @@ def test_a_trip_names_what_flipped_and_what_was_trained_on_since_the_good_point(
     assert len(rows) == trip["rows"]
     assert 2 <= len(rows) <= 4  # the step since the good point had 2, and the loader is one batch ahead
     assert all(row["text"] for row in rows)
+
+
+def test_the_report_tells_every_trip_and_what_was_done(trainer, tmp_path):
+    monitor = monitor_of(tmp_path, BASE, BASE, FALLEN, BASE)
+    run = trainer(steps=3)
+    monitor.watch(run)
+    run.train()
+    first, trip, back, rate = history_lines(tmp_path / "monitor")
+    assert first == "monitor: 2 of 3 evaluations good"
+    assert "tripped at step 2" in trip
+    assert back == "monitor: at step 2 back to the weights of step 1"
+    assert rate.endswith("0.5 of the configured one")
+    assert history_lines(tmp_path / "another") == []
 
 
 def test_without_a_whole_good_checkpoint_a_trip_ends_in_an_error(trainer, tmp_path):

@@ -94,3 +94,29 @@ def test_a_stage_whose_judge_finds_a_fall_ends_with_the_weights_it_began_with(
     assert (folder / "monitor" / f"{trip['review']}-flipped.jsonl").is_file()
     assert len(trip["flipped"]) == 12
     assert "tripped at step 1" in context.console.file.getvalue()
+
+
+@pytest.mark.model
+def test_grpo_turns_back_between_rollouts_and_makes_all_its_steps(tiny_model, tokenizer, tmp_path, monkeypatch):
+    from ballast.pipeline.stages import train
+
+    tiny_model.save_pretrained(tmp_path / "start")
+    own = [f"out={json.dumps(str(tmp_path))}", "name=one", "align.enabled=false", "generation={type: transformers}"]
+    own += ["train.steps=2", "train.prompts_per_step=1", "train.group_size=2", "train.micro_batch_size=2"]
+    own += [
+        "train.sampling.max_new_tokens=4",
+        "train.lora.r=2",
+        "model.dtype=float32",
+        "evaluate.sampling.max_new_tokens=4",
+    ]
+    own += [ON, "monitor.every_n_steps=1", "monitor.max_harmful=12", "monitor.max_harmless=2", "monitor.cooldown=0"]
+    context = Falling(load_config("grpo", own), tokenizer, str(tmp_path / "start"))
+    monkeypatch.setattr(train, "check_record", lambda *_: None)
+    folder = tmp_path / "made"
+    folder.mkdir()
+    train.run_stage(context, folder)
+    assert json.loads((folder / "training.json").read_text())["steps"] == 2
+    history = json.loads((folder / "monitor" / "events.json").read_text())
+    # Back to the start after step 1, and from step 2 to the point that was kept after step 1: the same weights.
+    assert [event["to_step"] for event in history if event["event"] == "monitor_rollback"] == [0, 1]
+    assert next(event["rows"] for event in history if event["event"] == "monitor_trip") >= 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.guardrails.types import Guardrail
-from ballast.pipeline.config import SamplingConfig
+from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
 from ballast.pipeline.evaluation.metrics import summarize
 from ballast.pipeline.evaluation.statistics import Estimate, clustered_share

@@ -14,9 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ballast.errors import BallastError, ConfigError
 from ballast.guardrails.types import Guardrail
 from ballast.pipeline.checkpoints.store import GOOD, CheckpointStore
-from ballast.pipeline.config import SamplingConfig
+from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.suites import SuitePrompt
 from ballast.pipeline.monitoring.answers import GeneratorOf, Measured, SuiteMeasure
+from ballast.pipeline.monitoring.history import write_history
 from ballast.pipeline.monitoring.learning_rate import base_rates, set_base_rates
 from ballast.pipeline.monitoring.review import SeenRows, write_flipped
 from ballast.pipeline.monitoring.trip import Decision, Sample, TripRule, decide, planned_evaluations, pooled
@@ -334,6 +335,7 @@ class SafetyMonitor(TrainerCallback):
     def _event(self, event: str, state: TrainerState, **what: Any) -> None:
         line = {"event": event, "step": state.global_step, **what}
         self.events.append(line)
+        write_history(self.folder, self.events)
         self._tell(line)
 
     def _own_measure(self, tokenizer: Any) -> SuiteMeasure:

@@ -112,7 +112,7 @@ def _judge(context: "RunContext") -> "Guardrail":
 
 def _generator(context: "RunContext", model: Any) -> "Generator":
     """The run's generator with the weights that are being trained: vLLM's where rollouts are vLLM's."""
-    from ballast.pipeline.config import TransformersGeneration
+    from ballast.pipeline.config_inputs import TransformersGeneration
     from ballast.pipeline.generation import TransformersGenerator, VLLMGenerator
 
     options = context.config.generation

@@ -14,6 +14,7 @@ from ballast.pipeline.context import RunContext
 from ballast.pipeline.evaluation.measure import read_verdicts
 from ballast.pipeline.evaluation.metrics import Comparison, EvaluationSummary, compare
 from ballast.pipeline.evaluation.tables import markdown_table, render_tables
+from ballast.pipeline.monitoring.history import history_lines
 from ballast.pipeline.run_folder import versions, write_text
 
 
@@ -37,6 +38,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     }
     context.console.print(render_tables(rows, context.console.width), highlight=False)
     lines = [describe(name, comparison) for name, comparison in comparisons.items()]
+    lines += history_lines(context.folder.path / "train" / "monitor")
     for line in lines:
         context.say(line)
     context.say(f"Answers, risks and these tables: {escape(str(context.folder.path))}")
