@@ -19,7 +19,6 @@ allocated device memory), so it holds weights and libraries too; `above_start` i
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -274,6 +273,15 @@ def memory(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     return result
 
 
+def resident_mib(what: str) -> float:
+    """This process's resident set now (VmRSS) or at its highest (VmHWM).
+
+    The peak of `getrusage` begins at that of the process that started this one.
+    """
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 2**10
+
+
 def memory_of(arguments: argparse.Namespace) -> dict[str, float]:
     """MiB at the peak of training, and above what was taken before the first step."""
     part, _, name = arguments.memory_of.rpartition(":")
@@ -284,10 +292,9 @@ def memory_of(arguments: argparse.Namespace) -> dict[str, float]:
         train(trainer)
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before = pages * resource.getpagesize() / 2**20
+        before = resident_mib("VmRSS")
         train(trainer)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = resident_mib("VmHWM")
     return {"peak_mib": round(peak, 1), "above_start_mib": round(peak - before, 1)}
 
 
