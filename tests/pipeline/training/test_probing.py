@@ -337,8 +337,11 @@ def test_a_direction_that_is_not_finite_is_skipped_counted_and_stops_the_run(
     plain.train()
     trainer.train()
     assert [entry["probing/skipped"] for entry in trainer.state.log_history[:2]] == [1.0, 1.0]
+    # The loss rounds float64 logits to float32, which may fall either way where another memory layout changes their last
+    # bit; an update is about the learning rate, 1e-2.
     weights = trainer.model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in plain.model.state_dict().items())
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
     args = TrainingArguments(**settings(tmp_path, max_steps=3))
     trainer = ProbedTrainer(
         adapted(tiny()), args, train_dataset=rows(), probing=options(max_skipped=2), safety_pairs=PAIRS
