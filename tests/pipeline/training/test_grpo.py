@@ -133,6 +133,14 @@ def test_a_term_of_the_opening_leaves_the_rest_of_a_completion_alone(
         assert all((value != 0) == (k == 0) for value, k in zip(row, segments, strict=False))
 
 
+@pytest.mark.parametrize("option", [{"opening": {"refusl": 2}}, {"over_batch": ["refusl"]}])
+def test_a_term_that_does_not_exist_is_refused_by_name(
+    tmp_path: Path, tiny_model: Any, tokenizer: Any, option: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"no reward term 'refusl', .*the terms are star"):
+        shaped(tmp_path, tiny_model, tokenizer, ScriptedGuardrail(by_length), [], **option)
+
+
 class FailsOnFirst:
     """`by_length`, with the first completion of every batch unscored."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from ballast.errors import GuardError
+from ballast.errors import ConfigError, GuardError
 from ballast.pipeline.config_shaping import ShapingConfig
 from ballast.pipeline.prompting import PromptFormat
 from ballast.pipeline.training.kl_reference import check_reference, log_ratio_to_reference
@@ -88,8 +88,8 @@ class ShapedGRPOTrainer(GRPOTrainer):
         **kwargs: as for `GRPOTrainer`.
 
     Raises:
-        ConfigError: an option of TRL's that is wrong with per-token advantages, what `checked_terms` refuses, or a
-            per-token KL without an adapter whose absence is the reference.
+        ConfigError: an option of TRL's that is wrong with per-token advantages, what `checked_terms` refuses, a name in
+            `over_batch` or `opening` that no term has, or a per-token KL without an adapter whose absence is the reference.
     """
 
     def __init__(
@@ -117,10 +117,15 @@ class ShapedGRPOTrainer(GRPOTrainer):
         self.terms = [guard_reward, *checked_terms(reward_funcs)]
         self.shaping = shaping
         self.star_on = frozenset(star_on)
-        self.over_batch = [n for n, term in enumerate(self.terms) if term.__name__ in over_batch]
-        self.opening = {
-            n: (opening or {})[t.__name__] for n, t in enumerate(self.terms) if t.__name__ in (opening or {})
-        }
+        column = {term.__name__: n for n, term in enumerate(self.terms)}
+        for option, names in (("over_batch", over_batch), ("opening", opening or {})):
+            unknown = [name for name in names if name not in column]
+            if unknown:
+                raise ConfigError(
+                    f"{option}: there is no reward term '{unknown[0]}', so it would change nothing; the terms are {', '.join(column)}"
+                )
+        self.over_batch = [column[name] for name in over_batch]
+        self.opening = {column[name]: segments for name, segments in (opening or {}).items()}
         floor = std_floor if star_std_floor is None else star_std_floor
         self.std_floors = [floor, *[std_floor] * (len(self.terms) - 1)]
         self.max_unscored_share = max_unscored_share
