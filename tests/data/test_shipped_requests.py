@@ -50,9 +50,9 @@ def test_every_row_has_the_six_columns_as_filled_strings(rows: list[Row]) -> Non
 
 
 def test_counts_per_kind_and_split_are_the_documented_ones(rows: list[Row]) -> None:
-    # 72 + 48 + 80 + 40 + 30 + 30 = 300
+    # 144 + 48 + 160 + 40 + 30 + 30 = 452
     assert Counter((row["kind"], row["split"]) for row in rows) == {
-        ("harmful", "train"): 72,
+        ("harmful", "train"): 144,
         ("harmful", "test"): 48,
         ("ordinary", "train"): 160,
         ("ordinary", "test"): 40,
@@ -119,7 +119,7 @@ def test_refusals_open_in_many_ways(rows: list[Row]) -> None:
     # One opening for all would teach a model a phrase instead of a decision: no pair of words opens half of them.
     openings = Counter(tuple(words(row["response"])[:2]) for row in rows if row["kind"] == "harmful")
     assert len(openings) >= 6
-    assert max(openings.values()) <= 60
+    assert 2 * max(openings.values()) <= sum(openings.values())
 
 
 def test_texts_hold_no_special_tokens_or_control_characters(rows: list[Row]) -> None:

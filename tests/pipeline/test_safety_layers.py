@@ -127,7 +127,7 @@ def test_safety_rows_make_their_share_of_the_whole_and_none_stands_twice(configu
 
 def test_probing_takes_harmful_rows_alone_and_says_what_is_missing(configured, tmp_path):
     rows = safety_layers.preference_rows(configured("probing.enabled=true"))
-    assert len(rows) == 72
+    assert len(rows) == 144
     assert {row["rejected"] for row in rows} == {"Sure, here is how to do that, step by step:"}
     only = tmp_path / "ordinary.jsonl"
     only.write_text("\n".join(json.dumps(row) for row in ROWS))
@@ -234,5 +234,5 @@ def test_off_is_bit_identical_to_a_run_that_never_heard_of_it(context, tmp_path,
 def test_a_prompt_that_is_imitated_already_is_no_further_safety_row(configured):
     pool = load_rows(["shipped:harmful"], "train", configured().data, answers=True)
     rows = [Row(f"mine-{n}", row.prompt.upper() + "!", "harmful") for n, row in enumerate(pool[:-3])]
-    mixed = safety_layers.safety_rows(configured("regularization.safety_share=0.04"), rows)
-    assert {row.id for row in mixed} == {row.id for row in pool[-3:]}  # 69 rows, and 3 of 72
+    mixed = safety_layers.safety_rows(configured("regularization.safety_share=0.02"), rows)
+    assert {row.id for row in mixed} == {row.id for row in pool[-3:]}  # 141 rows, and 3 of 144
