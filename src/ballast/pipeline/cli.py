@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import ballast
 from ballast.errors import BallastError, ConfigError
-from ballast.pipeline import guard_cli
+from ballast.pipeline import guard_cli, restore_cli
 
 # The stages of `ballast.pipeline.run`, whose import help does not wait for, with the line that it shows.
 STAGES = {
@@ -66,6 +66,7 @@ app = typer.Typer(
     help="Ballast keeps a language model upright while it learns.",
 )  # fmt: skip
 app.add_typer(guard_cli.app, name="guard")
+app.add_typer(restore_cli.app, name="restore")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: demo, grpo.")]
 Overrides = Annotated[

@@ -14,7 +14,8 @@ from ballast.pipeline.model_record import carry_record
 from ballast.pipeline.restoration.methods import Change, Method, Triple
 from ballast.pipeline.restoration.models import Models, fingerprint
 from ballast.pipeline.restoration.output import RECORD, RestorationError, check_output, copy_companions, output_folder
-from ballast.pipeline.restoration.shards import TensorSpec, write_shards
+from ballast.pipeline.restoration.shard_writer import write_shards
+from ballast.pipeline.restoration.shards import TensorSpec
 
 SHARD_BYTES = 5_000_000_000
 
@@ -85,6 +86,21 @@ def restore(
         record = _record(restored, method, prints, digests)
         (scratch / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return restored
+
+
+def check_device(device: str) -> None:
+    """The device is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        torch.empty(1, device=device)
+    # torch says it with a RuntimeError, an AssertionError or an error of its own, by the kind of device.
+    except Exception as error:
+        raise ConfigError(
+            f"device '{device}' cannot be used ({str(error).splitlines()[0]}); choose cpu, or a device that `ballast doctor` lists"
+        ) from error
 
 
 @dataclass

@@ -1,18 +1,8 @@
-"""Safetensors checkpoints, read and written tensor by tensor.
+"""Safetensors checkpoints, read tensor by tensor from mapped files: one costs memory only once it is computed with."""
 
-Reading maps the files, so a tensor costs memory of its own only once it is computed with. Writing knows all names,
-dtypes and shapes beforehand: the header of a shard goes first, and each tensor follows as soon as it is made. So a
-checkpoint of any size is made in the memory of its largest tensor.
-
-The format (safetensors 0.8): 8 bytes, little endian, the length of the header; the header in JSON, padded with
-spaces to a multiple of 8; the tensors without gaps.
-"""
-
-import hashlib
 import json
 import math
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +15,7 @@ from ballast.pipeline.restoration.weights import Factors, Weights, check_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,7 +27,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 _QUANTISED = (".qweight", ".weight_packed", ".absmax", ".SCB")
 _OUTPUTS = ("lm_head.weight", "embed_out.weight")
@@ -174,12 +163,12 @@ class Checkpoint:
         piece = self._handle(self._file_of[name]).get_slice(name)
         code = piece.get_dtype()
         whole = code in ("I8", "U8") and name.endswith(".weight")
-        if code not in _DTYPES or whole or name.endswith(_QUANTISED):
+        if code not in DTYPES or whole or name.endswith(_QUANTISED):
             raise ModelError(
                 f"tensor '{name}' of {self.label} '{self.folder}' is quantised ({code}); restoration computes with the weights "
                 "themselves: give the checkpoint from before quantisation"
             )
-        return TensorSpec(name, _DTYPES[code], tuple(piece.get_shape()))
+        return TensorSpec(name, DTYPES[code], tuple(piece.get_shape()))
 
     def _read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._handle(self._file_of[name]).get_tensor(name)
@@ -226,84 +215,3 @@ def _of_text(config: dict[str, Any]) -> dict[str, Any]:
     """The part about the language model, where a model has others besides."""
     nested = config.get("text_config")
     return {**nested, **config} if isinstance(nested, dict) else config
-
-
-def plan_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    """Share tensors out to shards of at most `shard_bytes`; one that is larger is a shard of its own.
-
-    The order is kept from shard to shard. Within one, wider dtypes come first, so that each tensor is aligned.
-    """
-    shards: list[list[TensorSpec]] = []
-    size = 0
-    for spec in specs:
-        if not shards or size + spec.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
-
-
-def write_shards(
-    folder: Path,
-    specs: Sequence[TensorSpec],
-    make: Callable[[str], torch.Tensor],
-    shard_bytes: int,
-) -> dict[str, str]:
-    """Write a checkpoint's weights, and their index where there are several shards.
-
-    Args:
-        folder: it exists.
-        specs: what will be written.
-        make: gives each tensor, once, when its turn comes.
-        shard_bytes: largest size of a shard.
-
-    Returns:
-        sha256 of each weight file, by its name.
-
-    Raises:
-        OSError: the disk is full, or may not be written.
-    """
-    shards = plan_shards(specs, shard_bytes)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    digests = {name: _write_shard(folder / name, shard, make) for name, shard in zip(names, shards, strict=True)}
-    if len(shards) > 1:
-        listed = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
-        index = {
-            "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
-            "weight_map": dict(sorted(listed.items())),
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return digests
-
-
-def _write_shard(path: Path, specs: Sequence[TensorSpec], make: Callable[[str], torch.Tensor]) -> str:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": _CODES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for piece in (struct.pack("<Q", len(text)), text):
-            file.write(piece)
-            digest.update(piece)
-        for spec in specs:
-            tensor = make(spec.name)
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise ValueError(f"{spec} was announced, and a {tensor.dtype} of shape {tuple(tensor.shape)} came")
-            # view() of a scalar into another itemsize is not allowed, hence the reshape.
-            piece = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-            file.write(piece)
-            digest.update(piece)
-    return digest.hexdigest()
