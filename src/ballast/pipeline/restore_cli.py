@@ -25,7 +25,7 @@ Tuned = Annotated[str, typer.Option(metavar="MODEL", help="The one to repair, or
 Out = Annotated[str, typer.Option(metavar="FOLDER", help="Where the result goes, an ordinary model folder: a new one.")]
 Modules = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Names of tensors, such as '*.mlp.*'; may be repeated. [default: see above]"),
+    typer.Option(metavar="PATTERN", help="Names of tensors, such as '*.mlp.*'; may be repeated."),
 ]
 Device = Annotated[str, typer.Option(help="Where it is computed: cpu, cuda, cuda:1.")]
 ShardGb = Annotated[float, typer.Option(min=0.001, help="Largest size of a weight file, in GB.")]
