@@ -66,7 +66,7 @@ def test_an_adapter_that_was_moved_is_placed_by_an_option(three):
     [
         (("--device", "cuda:99"), "device 'cuda:99' cannot be used"),
         (("--device", "toaster"), "device 'toaster' cannot be used"),
-        (("--alpha", "nan"), "alpha nan"),
+        (("--alpha", "inf"), "alpha inf"),
         (("--modules", "nothing"), "looks at no tensor"),
     ],
 )

@@ -49,7 +49,7 @@ class Lox:
             raise ConfigError(f"lox: rank {self.rank} extrapolates nothing; choose 1 or more (the paper uses 6)")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ConfigError(
-                f"lox: alpha {self.alpha} would take the alignment away; choose 0 or more (the paper uses 1.25)"
+                f"lox: alpha {self.alpha} is no strength; choose a finite number from 0 (the paper uses 1.25)"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Resta:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
-            raise ConfigError(f"resta: gamma {self.gamma} would take the safety away; choose 0 or more, such as 0.5")
+            raise ConfigError(f"resta: gamma {self.gamma} is no strength; choose a finite number from 0, such as 0.5")
 
     def settings(self) -> dict[str, Any]:
         """See `Method`."""
