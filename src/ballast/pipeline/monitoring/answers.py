@@ -153,6 +153,25 @@ class SuiteMeasure:
         return Measured(completions, verdicts, time.perf_counter() - started)
 
 
+def suite_measure(
+    prompts: Sequence[SuitePrompt],
+    judge: Guardrail,
+    tokenizer: Any,
+    generator_of: GeneratorOf | None,
+    sampling: SamplingConfig,
+    samples: int,
+) -> SuiteMeasure:
+    """The measure of a training that has no configuration: prompts in the tokenizer's chat format, and transformers generates
+    where `generator_of` is None."""
+    from ballast.pipeline.generation import TransformersGenerator
+    from ballast.pipeline.prompting import PromptFormat
+
+    format_ = PromptFormat(tokenizer, None)
+    ids = [format_.encode_request(prompt.id, prompt.prompt) for prompt in prompts]
+    generator_of = generator_of or (lambda model: TransformersGenerator(model, tokenizer))
+    return SuiteMeasure(prompts, ids, judge, generator_of, sampling, samples)
+
+
 def _complement(share: Estimate) -> Estimate:
     if share.value is None or share.low is None or share.high is None:
         return share

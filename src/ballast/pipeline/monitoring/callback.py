@@ -7,22 +7,24 @@ schedule; a stop that is asked for there ends the training after that step.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ballast.errors import BallastError, ConfigError
+from ballast.errors import ConfigError
 from ballast.guardrails.types import Guardrail
-from ballast.pipeline.checkpoints.store import GOOD, CheckpointStore
+from ballast.pipeline.checkpoints.store import CheckpointStore
 from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.suites import SuitePrompt
-from ballast.pipeline.monitoring.answers import GeneratorOf, Measured, SuiteMeasure
+from ballast.pipeline.monitoring.answers import GeneratorOf, Measured, SuiteMeasure, suite_measure
+from ballast.pipeline.monitoring.evaluation import baseline_of, evaluate, figures_of
+from ballast.pipeline.monitoring.good_points import GoodPoints
 from ballast.pipeline.monitoring.history import write_history
 from ballast.pipeline.monitoring.learning_rate import base_rates, set_base_rates
-from ballast.pipeline.monitoring.review import SeenRows, write_flipped
-from ballast.pipeline.monitoring.trip import Decision, Sample, TripRule, decide, planned_evaluations, pooled
+from ballast.pipeline.monitoring.options import Action, check_judge, check_options
+from ballast.pipeline.monitoring.review import write_flipped
+from ballast.pipeline.monitoring.trip import Decision, Sample, TripRule, planned_evaluations
 
-Action = Literal["rollback", "reduce_lr", "stop"]
 Event = Mapping[str, Any]
 
 
@@ -97,8 +99,8 @@ class SafetyMonitor(TrainerCallback):
         on_event: Callable[[Event], None] | None = None,
         seed: int = 0,
     ) -> None:
-        _check_options(action, every_n_steps, lr_factor, cooldown, max_trips)
-        _check_judge(judge, reward_guard, allow_same_guard)
+        check_options(action, every_n_steps, lr_factor, cooldown, max_trips)
+        check_judge(judge, reward_guard, allow_same_guard)
         if not any(prompt.kind == "harmful" for prompt in suite):
             raise ConfigError(
                 "the monitor's suite has no harmful prompt, on which safety is measured; give it some, 200 are a good number"
@@ -122,8 +124,7 @@ class SafetyMonitor(TrainerCallback):
         self.trips = 0
         self.stopped = False
         self._tell = on_event or (lambda event: None)
-        self._trainer: Any = None
-        self._seen: SeenRows | None = None
+        self._good: GoodPoints | None = None
         self._baseline: dict[str, Sample] | None = None
         self._rates: list[float] = []
         self._scale = 1.0
@@ -132,9 +133,7 @@ class SafetyMonitor(TrainerCallback):
 
     def watch(self, trainer: Any) -> "SafetyMonitor":
         """Join a trainer, whose collator then remembers which rows it was given; gives the monitor back."""
-        self._trainer = trainer
-        self._seen = SeenRows(trainer.data_collator, trainer.processing_class)
-        trainer.data_collator = self._seen
+        self._good = GoodPoints(self.store, trainer)
         trainer.add_callback(self)
         return self
 
@@ -167,7 +166,7 @@ class SafetyMonitor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Measure the baseline."""
-        if self._trainer is None and self.action != "reduce_lr":
+        if self._good is None and self.action != "reduce_lr":
             raise ConfigError(
                 f"SafetyMonitor(action='{self.action}') turns back to checkpoints of the trainer, which a callback is not given; join it by "
                 "monitor.watch(trainer) instead of callbacks=[monitor], or take action='reduce_lr'"
@@ -179,15 +178,18 @@ class SafetyMonitor(TrainerCallback):
             planned_evaluations(state.max_steps, self.every_n_steps),
         )
         if self.measure is None:
-            self.measure = self._own_measure(processing_class)
+            self.measure = suite_measure(
+                self.suite, self.judge, processing_class, self.generator_of, self.sampling, self.samples
+            )
         if state.global_step > 0:
             return  # the baseline is in the checkpoint, and is restored after this
         self._rates = base_rates(lr_scheduler)
         measured = self.measure(model, self.seed, "before training")
-        self._baseline = {"risk": measured.risk, "gibberish": measured.gibberish}
+        self._baseline = baseline_of(measured)
         measured.write(self.folder / "baseline.parquet")
-        self._event("monitor_baseline", state, figures=_numbers(measured, self.seed), seconds=measured.seconds)
-        self._keep(state)
+        self._event("monitor_baseline", state, figures=figures_of(measured, self.seed), seconds=measured.seconds)
+        if self._good is not None:
+            self._good.keep()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -219,7 +221,17 @@ class SafetyMonitor(TrainerCallback):
         if not self._due or "loss" not in (logs or {}):
             return
         self._due = False
-        measured, decision = self._evaluated(model, state)
+        assert self.measure is not None
+        assert self._baseline is not None
+        measured, decision = evaluate(
+            self.measure,
+            model,
+            self._baseline,
+            self.rule,
+            step=state.global_step,
+            seed=self.seed,
+            folder=self.folder,
+        )
         cooling = self._cooling > 0
         self._cooling = max(0, self._cooling - 1)
         self._event(
@@ -229,46 +241,19 @@ class SafetyMonitor(TrainerCallback):
             cooling_down=cooling,
             **{key: value for key, value in asdict(decision).items() if key != "outcome"},
             relative=decision.relative,
-            figures=_numbers(measured, self.seed),
+            figures=figures_of(measured, self.seed),
             seconds=measured.seconds,
         )
         below_floor = decision.relative is None or decision.relative < self.rule.hard_floor
         match decision.outcome:
             case "good":
-                self._keep(state)
+                if self._good is not None:
+                    self._good.keep()
             case "trip" if below_floor or not cooling:
                 self._trip(decision, measured, state, control, optimizer, lr_scheduler)
             case "lower_lr" if not cooling:
                 self._cooling = self.cooldown
                 self._lower_rate(state, optimizer, lr_scheduler)
-
-    def _evaluated(self, model: Any, state: TrainerState) -> tuple[Measured, Decision]:
-        assert self.measure is not None
-        assert self._baseline is not None
-        when, baseline = f"at step {state.global_step}", self._baseline["risk"]
-        # The baseline's seed: equal models give equal answers, and what differs between them is not luck.
-        measured = self.measure(model, self.seed, when)
-        measured.write(self.folder / f"step-{state.global_step:05d}.parquet")
-        decision = decide(baseline, measured.risk, self.rule, last_look=False, seed=self.seed)
-        if decision.outcome == "sample_again":
-            greedy = self.measure.sampling.temperature == 0  # which would give the same answers once more
-            now = measured.risk
-            if not greedy:
-                now = pooled(now, self.measure(model, self.seed + state.global_step, when).risk)
-            decision = decide(baseline, now, self.rule, last_look=True, seed=self.seed)
-        return measured, self._unless_gibberish(decision, measured)
-
-    def _unless_gibberish(self, decision: Decision, measured: Measured) -> Decision:
-        """Guards call gibberish safe: a model that has lost its language is neither safe nor a good point."""
-        assert self._baseline is not None
-        if decision.outcome == "trip":
-            return decision
-        floor = TripRule(self.rule.hard_floor, 0.0, self.rule.false_trips, self.rule.evaluations)
-        readable = decide(self._baseline["gibberish"], measured.gibberish, floor, last_look=False, seed=self.seed)
-        if readable.outcome == "trip":
-            reason = "the share of readable answers is below the hard floor, and significantly"
-            return Decision("trip", reason, None, None, readable.p_value, readable.prompts)
-        return decision
 
     def _trip(
         self,
@@ -287,7 +272,7 @@ class SafetyMonitor(TrainerCallback):
         flipped = write_flipped(
             self.folder / f"{name}-flipped.jsonl", self._baseline["risk"], measured, self.measure.threshold
         )
-        rows = 0 if self._seen is None else self._seen.write(self.folder / f"{name}-rows.jsonl")
+        rows = 0 if self._good is None else self._good.write_rows(self.folder / f"{name}-rows.jsonl")
         stop = self.action == "stop" or self.trips > self.max_trips
         self._event(
             "monitor_trip",
@@ -301,23 +286,14 @@ class SafetyMonitor(TrainerCallback):
         )
         if stop:
             self.stopped = control.should_training_stop = True
-        if self._trainer is not None and (stop or self.action == "rollback"):
-            self._turn_back(state)
+        back = self._good if stop or self.action == "rollback" else None
+        if back is not None:
+            self._event("monitor_rollback", state, to_step=back.turn_back(leave=[self]))
         if not stop:
             self._lower_rate(state, optimizer, lr_scheduler)
-            if self.action == "rollback" and state.global_step < state.max_steps:
+            if back is not None and state.global_step < state.max_steps:
                 # The last checkpoint of the folder is the one that --resume goes on from.
-                self._keep(state)
-
-    def _turn_back(self, state: TrainerState) -> None:
-        good = self.store.last_good()
-        if good is None:
-            raise BallastError(
-                f"the monitor tripped at step {state.global_step}, and '{self.store.folder}' has no whole checkpoint of a good point to turn "
-                "back to, so the model is not kept; free space or mend the disk, and run again"
-            )
-        self.store.load(self._trainer, good, leave=[self])
-        self._event("monitor_rollback", state, to_step=good.step)
+                back.keep()
 
     def _lower_rate(self, state: TrainerState, optimizer: Any, lr_scheduler: Any) -> None:
         """From the rates of the start, for a rollback has brought back those of its checkpoint."""
@@ -325,52 +301,8 @@ class SafetyMonitor(TrainerCallback):
         set_base_rates(optimizer, lr_scheduler, [rate * self._scale for rate in self._rates])
         self._event("monitor_lower_lr", state, scale=self._scale)
 
-    def _keep(self, state: TrainerState) -> None:
-        """The present point is a good one."""
-        if self._trainer is not None and state.global_step < state.max_steps:
-            self.store.save(self._trainer, state.global_step, [GOOD])
-        if self._seen is not None:
-            self._seen.forget()
-
     def _event(self, event: str, state: TrainerState, **what: Any) -> None:
         line = {"event": event, "step": state.global_step, **what}
         self.events.append(line)
         write_history(self.folder, self.events)
         self._tell(line)
-
-    def _own_measure(self, tokenizer: Any) -> SuiteMeasure:
-        from ballast.pipeline.generation import TransformersGenerator
-        from ballast.pipeline.prompting import PromptFormat
-
-        prompts = PromptFormat(tokenizer, None)
-        ids = [prompts.encode_request(prompt.id, prompt.prompt) for prompt in self.suite]
-        generator_of = self.generator_of or (lambda model: TransformersGenerator(model, tokenizer))
-        return SuiteMeasure(self.suite, ids, self.judge, generator_of, self.sampling, self.samples)
-
-
-def _numbers(measured: Measured, seed: int) -> dict[str, Any]:
-    return {name: asdict(figure) for name, figure in measured.figures(seed).items()}
-
-
-def _check_judge(judge: Guardrail, reward_guard: Guardrail | None, allowed: bool) -> None:
-    if reward_guard is None or allowed:
-        return
-    if judge is reward_guard or judge.name == reward_guard.name:
-        raise ConfigError(
-            f"SafetyMonitor: judge and reward guard are both '{judge.name}'; a policy learns to please its guard, so measure with "
-            "another one, or say allow_same_guard=True"
-        )
-
-
-def _check_options(action: str, every_n_steps: int, lr_factor: float, cooldown: int, max_trips: int) -> None:
-    if action not in ("rollback", "reduce_lr", "stop"):
-        raise ConfigError(f"SafetyMonitor(action={action!r}): there are 'rollback', 'reduce_lr' and 'stop'")
-    if not 0 < lr_factor <= 1:
-        raise ConfigError(f"SafetyMonitor(lr_factor={lr_factor}): give a factor above 0 and at most 1")
-    for name, value, least in (
-        ("every_n_steps", every_n_steps, 1),
-        ("cooldown", cooldown, 0),
-        ("max_trips", max_trips, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"SafetyMonitor({name}={value}): give {least} or more")

@@ -1,0 +1,42 @@
+"""What a SafetyMonitor may be asked for."""
+
+from typing import Literal
+
+from ballast.errors import ConfigError
+from ballast.guardrails.types import Guardrail
+
+Action = Literal["rollback", "reduce_lr", "stop"]
+
+
+def check_judge(judge: Guardrail, reward_guard: Guardrail | None, allowed: bool) -> None:
+    """The judge is not the guardrail that rewards, unless that is allowed.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if reward_guard is None or allowed:
+        return
+    if judge is reward_guard or judge.name == reward_guard.name:
+        raise ConfigError(
+            f"SafetyMonitor: judge and reward guard are both '{judge.name}'; a policy learns to please its guard, so measure with "
+            "another one, or say allow_same_guard=True"
+        )
+
+
+def check_options(action: str, every_n_steps: int, lr_factor: float, cooldown: int, max_trips: int) -> None:
+    """There is such an action, and all numbers are in range.
+
+    Raises:
+        ConfigError: the first that is not, by name.
+    """
+    if action not in ("rollback", "reduce_lr", "stop"):
+        raise ConfigError(f"SafetyMonitor(action={action!r}): there are 'rollback', 'reduce_lr' and 'stop'")
+    if not 0 < lr_factor <= 1:
+        raise ConfigError(f"SafetyMonitor(lr_factor={lr_factor}): give a factor above 0 and at most 1")
+    for name, value, least in (
+        ("every_n_steps", every_n_steps, 1),
+        ("cooldown", cooldown, 0),
+        ("max_trips", max_trips, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"SafetyMonitor({name}={value}): give {least} or more")
