@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tests.pipeline.training import safegrad_reference as reference
 
 from ballast.errors import ConfigError, DataError
-from ballast.pipeline.training.safegrad import callback, projection, safety_loss, support
+from ballast.pipeline.training.safegrad import projection, safety_loss, support
 from ballast.pipeline.training.safegrad.alignment_set import alignment_batches, batch_number
 from ballast.pipeline.training.safegrad.safety_loss import SafetyLoss
 
@@ -211,11 +211,10 @@ def test_a_reference_too_large_to_keep_is_refused_with_the_other_way(monkeypatch
         loss.take_reference(reference.small_model(), cache=True)
 
 
-def test_a_sharded_model_is_refused_a_reference_that_is_run_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callback, "is_sharded", lambda model: True)
-    loss = SafetyLoss(alignment_batches(SAFE, None, 4, None, 64), "kl")
+def test_a_sharded_model_is_refused_a_reference_that_is_run_each_time() -> None:
+    loss = SafetyLoss(alignment_batches(SAFE, None, 4, None, 64), "kl", whole_model=True)
     with pytest.raises(ConfigError, match="under FSDP2"):
-        callback.SafeGrad(SAFE, cache_reference=False)._take_reference(loss, reference.small_model())
+        loss.take_start(reference.small_model(), cache=False)
 
 
 def trainer_arguments(**changes: Any) -> Any:

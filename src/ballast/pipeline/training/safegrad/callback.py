@@ -9,22 +9,19 @@ reaches the optimizer is
     u task gradient   a gradient of the safety loss
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ballast.errors import BallastError, ConfigError
-from ballast.pipeline.training.reference import adapter_is_new, frozen_copy
 from ballast.pipeline.training.safegrad.alignment_set import alignment_batches
-from ballast.pipeline.training.safegrad.modes import Mode, Project, TrustRegion, Update, Watchdog
+from ballast.pipeline.training.safegrad.modes import Mode, Project, Update, made_mode
+from ballast.pipeline.training.safegrad.options import Options
 from ballast.pipeline.training.safegrad.safety_gradient import Ranks
 from ballast.pipeline.training.safegrad.safety_loss import Objective, SafetyLoss, without_gradient
-from ballast.pipeline.training.safegrad.support import check_support, is_sharded
+from ballast.pipeline.training.safegrad.support import check_support, is_fsdp, is_sharded
 
 
 class SafeGrad(TrainerCallback):
@@ -101,44 +98,30 @@ class SafeGrad(TrainerCallback):
         tokenizer: Any = None,
         seed: int = 0,
     ) -> None:
-        choices: dict[str, tuple[Any, Sequence[Any]]] = {
-            "projection": (projection, ("global", "none")),
-            "metric": (metric, ("euclidean", "adam")),
-            "mode": (mode, ("project", "trust_region", "watchdog")),
-            "objective": (objective, (None, "kl", "ce")),
-        }
-        least: dict[str, tuple[float, float]] = {
-            "rho": (rho, 0),
-            "every_n_steps": (every_n_steps, 1),
-            "batch_size": (batch_size, 1),
-            "noise_floor": (noise_floor, 0),
-            "max_skipped": (max_skipped, 0),
-            "halvings": (halvings, 0),
-            "chunk_tokens": (chunk_tokens, 1),
-        }
-        _check_options(choices, least)
         self.alignment_dataset = alignment_dataset
-        self.rho = rho
-        self.every_n_steps = every_n_steps
-        self.batch_size = batch_size
-        self.projection = projection
-        self.metric = metric
-        self.mode = mode
-        self.objective: Objective = objective or ("ce" if mode == "trust_region" else "kl")
         self.reference = reference
-        self.cache_reference = cache_reference
-        self.max_length = max_length
-        self.noise_floor = noise_floor
-        self.max_skipped = max_skipped
-        self.margin = margin
-        self.max_step = max_step
-        self.tolerance = tolerance
-        self.budget = budget
-        self.halvings = halvings
-        self.chunk_tokens = chunk_tokens
-        self.log_layers = log_layers
         self.tokenizer = tokenizer
-        self.seed = seed
+        self.options = Options(
+            rho=rho,
+            every_n_steps=every_n_steps,
+            batch_size=batch_size,
+            projection=projection,
+            metric=metric,
+            mode=mode,
+            objective=("ce" if mode == "trust_region" else "kl") if objective is None else objective,
+            cache_reference=cache_reference,
+            max_length=max_length,
+            noise_floor=noise_floor,
+            max_skipped=max_skipped,
+            margin=margin,
+            max_step=max_step,
+            tolerance=tolerance,
+            budget=budget,
+            halvings=halvings,
+            chunk_tokens=chunk_tokens,
+            log_layers=log_layers,
+            seed=seed,
+        )
         self.skipped = 0
         self._loss: SafetyLoss | None = None
         self._start: list[float] = []
@@ -156,7 +139,7 @@ class SafeGrad(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the policy as it is now for the reference: a checkpoint that training resumes from is loaded later."""
-        if not _is_fsdp():  # its parameters are not sharded yet, and may not be loaded
+        if not is_fsdp():  # its parameters are not sharded yet, and may not be loaded
             self._prepare(args, model, processing_class)
 
     def on_train_begin(
@@ -171,7 +154,7 @@ class SafeGrad(TrainerCallback):
         """Check the trainer, and begin."""
         check_support(args, model)
         if self._loss is None:
-            reads_start = self.mode != "project" or (self.objective == "kl" and self.reference is None)
+            reads_start = self.options.mode != "project" or (self.options.objective == "kl" and self.reference is None)
             if state.global_step > 0 and reads_start:
                 raise ConfigError(
                     f"SafeGrad joins a training that is resumed at step {state.global_step}, so the model is no longer the start model that "
@@ -180,7 +163,8 @@ class SafeGrad(TrainerCallback):
                 )
             self._prepare(args, model, processing_class)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._mode = self._made_mode()
+        assert self._loss is not None
+        self._mode = made_mode(self._loss, self._start, self.options)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """The safety gradient that is used again, and how many updates were skipped."""
@@ -241,68 +225,28 @@ class SafeGrad(TrainerCallback):
         tokenizer = self.tokenizer if self.tokenizer is not None else processing_class
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor for several kinds of input
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        batches = alignment_batches(self.alignment_dataset, tokenizer, self.batch_size, self.max_length, context)
+        batches = alignment_batches(
+            self.alignment_dataset, tokenizer, self.options.batch_size, self.options.max_length, context
+        )
         kind = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         device = next(model.parameters()).device.type
 
         def precision() -> Any:
             return nullcontext() if kind is None else torch.autocast(device, dtype=kind)
 
-        loss = SafetyLoss(batches, self.objective, precision, self.chunk_tokens, whole_model=is_sharded(model))
-        self._take_reference(loss, model)
-        if self.mode != "project":
+        loss = SafetyLoss(
+            batches, self.options.objective, precision, self.options.chunk_tokens, whole_model=is_sharded(model)
+        )
+        if self.reference is not None and self.options.objective == "kl":
+            given = self.reference.eval().requires_grad_(False).to(next(model.parameters()).device)
+            loss.take_reference(given, self.options.cache_reference)
+            self.reference = None  # where it is cached, nothing holds it any more
+        else:
+            loss.take_start(model, self.options.cache_reference)
+        if self.options.mode != "project":
             with without_gradient(model):
                 self._start = [float(loss.summed(model, number)) for number in range(len(batches))]
         self._loss = loss
-
-    def _take_reference(self, loss: SafetyLoss, model: Any) -> None:
-        if self.objective == "ce":
-            return
-        if self.reference is not None:
-            given = self.reference.eval().requires_grad_(False).to(next(model.parameters()).device)
-            loss.take_reference(given, self.cache_reference)
-            self.reference = None  # where it is cached, nothing holds it any more
-        elif self.cache_reference:
-            loss.take_reference(model, cache=True)
-        elif is_sharded(model):
-            raise ConfigError(
-                "cache_reference=False under FSDP2 would need a second sharded model; leave cache_reference at True, or give `reference` a model"
-            )
-        elif hasattr(model, "peft_config") and adapter_is_new(model):
-            loss.take_reference(model, cache=False, adapter_off=True)
-        else:
-            loss.take_reference(frozen_copy(model), cache=False)
-
-    def _made_mode(self) -> Mode:
-        assert self._loss is not None
-        if self.mode == "trust_region":
-            return TrustRegion(
-                self._loss,
-                self._start,
-                every_n_steps=self.every_n_steps,
-                margin=self.margin,
-                max_step=self.max_step,
-                seed=self.seed,
-            )
-        if self.mode == "watchdog":
-            return Watchdog(
-                self._loss,
-                self._start,
-                every_n_steps=self.every_n_steps,
-                tolerance=self.tolerance,
-                budget=self.budget,
-                halvings=self.halvings,
-            )
-        return Project(
-            self._loss,
-            rho=self.rho,
-            every_n_steps=self.every_n_steps,
-            project=self.projection == "global",
-            metric=self.metric,
-            noise_floor=self.noise_floor,
-            seed=self.seed,
-            log_layers=self.log_layers,
-        )
 
     def _update(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> Update:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
@@ -317,23 +261,9 @@ class SafeGrad(TrainerCallback):
             return
         self._mode.failed = False
         self.skipped += 1
-        if self.skipped > self.max_skipped:
+        if self.skipped > self.options.max_skipped:
             raise BallastError(
                 f"SafeGrad at step {state.global_step}: {self.skipped} updates were skipped because the safety loss or its gradient was no "
-                f"number, and max_skipped is {self.max_skipped}. Lower the learning rate, train in bf16 or fp32 instead of fp16, or look at "
+                f"number, and max_skipped is {self.options.max_skipped}. Lower the learning rate, train in bf16 or fp32 instead of fp16, or look at "
                 "the alignment rows"
             )
-
-
-def _is_fsdp() -> bool:
-    """Whether the trainer will shard its model; its accelerator knows, whichever way it was asked for."""
-    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
-
-
-def _check_options(choices: dict[str, tuple[Any, Sequence[Any]]], least: dict[str, tuple[float, float]]) -> None:
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ConfigError(f"SafeGrad({name}={value!r}): there are {', '.join(repr(a) for a in allowed)}")
-    for name, (value, minimum) in least.items():
-        if not value >= minimum:
-            raise ConfigError(f"SafeGrad({name}={value!r}): give {minimum} or more")

@@ -6,12 +6,13 @@ u task gradient   a safety gradient
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ballast.pipeline.training.safegrad import projection
 from ballast.pipeline.training.safegrad.alignment_set import batch_number
+from ballast.pipeline.training.safegrad.options import Options
 from ballast.pipeline.training.safegrad.safety_gradient import Ranks, SafetyGradient, mean_loss, safety_gradient
 from ballast.pipeline.training.safegrad.safety_loss import SafetyLoss
 
@@ -57,26 +58,9 @@ class Mode(Protocol):
 class Project:
     """Takes the part against safety out of the task gradient, and adds the safety gradient (arXiv 2508.07172)."""
 
-    def __init__(
-        self,
-        loss: SafetyLoss,
-        *,
-        rho: float,
-        every_n_steps: int,
-        project: bool,
-        metric: Literal["euclidean", "adam"],
-        noise_floor: float,
-        seed: int,
-        log_layers: bool,
-    ) -> None:
+    def __init__(self, loss: SafetyLoss, options: Options) -> None:
         self.loss = loss
-        self.rho = rho
-        self.every_n_steps = every_n_steps
-        self.project = project
-        self.metric = metric
-        self.noise_floor = noise_floor
-        self.seed = seed
-        self.log_layers = log_layers
+        self.options = options
         self.failed = False
         self._kept: SafetyGradient | None = None
 
@@ -93,14 +77,14 @@ class Project:
         """Project and add."""
         figures: dict[str, float] = {}
         self.failed = False
-        if self._kept is None or update.step % self.every_n_steps == 0:
-            numbers = _batches(self.loss, update, self.every_n_steps, self.seed)
+        if self._kept is None or update.step % self.options.every_n_steps == 0:
+            numbers = _batches(self.loss, update, self.options)
             self._kept = safety_gradient(self.loss, update.model, update.parameters, numbers, update.ranks)
             figures[f"alignment_{self.loss.objective}"] = self._kept.loss
         task = [parameter.grad for parameter in update.parameters]
         safety = self._kept.parts
         divisors = None
-        if self.metric == "adam":
+        if self.options.metric == "adam":
             used = [u is not None for u in task]
             divisors = projection.adam_divisors(update.optimizer, update.parameters, used)
         found = projection.products(task, safety, divisors)
@@ -113,7 +97,9 @@ class Project:
             return {}
         if not task_finite:
             return figures  # the task's own failure, and its scaler's to answer
-        step = projection.step_of(found, self.rho, self.project, self.noise_floor, update.max_norm)
+        step = projection.step_of(
+            found, self.options.rho, self.options.projection == "global", self.options.noise_floor, update.max_norm
+        )
         if step.applied:
             projection.apply(step, update.parameters, safety)
             figures |= {
@@ -121,7 +107,7 @@ class Project:
                 "conflict_rate": float(step.conflict),
                 "removed_norm_share": step.removed,
             }
-            if self.log_layers:
+            if self.options.log_layers:
                 figures |= _cosine_by_layer(update, found)
         return figures | {"applied_rate": float(step.applied)}
 
@@ -138,22 +124,10 @@ class TrustRegion:
     l is the safety loss of a batch after the update, and tau the start model's on the same batch plus a margin.
     """
 
-    def __init__(
-        self,
-        loss: SafetyLoss,
-        start: Sequence[float],
-        *,
-        every_n_steps: int,
-        margin: float,
-        max_step: float | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, loss: SafetyLoss, start: Sequence[float], options: Options) -> None:
         self.loss = loss
         self.start = start  # of each batch, the start model's loss summed over its tokens
-        self.every_n_steps = every_n_steps
-        self.margin = margin
-        self.max_step = max_step
-        self.seed = seed
+        self.options = options
         self.failed = False
 
     def before(self, update: Update) -> dict[str, float]:
@@ -163,12 +137,12 @@ class TrustRegion:
     def after(self, update: Update) -> dict[str, float]:
         """Step back."""
         self.failed = False
-        if update.step % self.every_n_steps:
+        if update.step % self.options.every_n_steps:
             return {}
-        numbers = _batches(self.loss, update, self.every_n_steps, self.seed)
+        numbers = _batches(self.loss, update, self.options)
         found = safety_gradient(self.loss, update.model, update.parameters, numbers, update.ranks)
         tokens = sum(len(self.loss.batches[number].labels) for number in numbers)
-        excess = found.loss - sum(self.start[number] for number in numbers) / tokens - self.margin
+        excess = found.loss - sum(self.start[number] for number in numbers) / tokens - self.options.margin
         figures = {"trust_loss": found.loss, "trust_excess": excess, "trust_rate": float(excess > 0)}
         if excess <= 0:
             return figures
@@ -177,11 +151,12 @@ class TrustRegion:
             self.failed = True
             return {}
         if norm2 > 0:
+            longest = self.options.max_step
             rates = {id(p): float(group["lr"]) for group in update.optimizer.param_groups for p in group["params"]}
             with torch.no_grad():
                 for parameter, part in zip(update.parameters, found.parts, strict=True):
                     if part is not None:
-                        limit = rates.get(id(parameter), 0.0) if self.max_step is None else self.max_step
+                        limit = rates.get(id(parameter), 0.0) if longest is None else longest
                         parameter.sub_(part.to(parameter.dtype), alpha=min(excess / norm2, limit))
         return figures
 
@@ -193,23 +168,11 @@ class Watchdog:
     above that is halved up to `halvings` times, and undone where that is not enough. The optimizer's moments stay.
     """
 
-    def __init__(
-        self,
-        loss: SafetyLoss,
-        start: Sequence[float],
-        *,
-        every_n_steps: int,
-        tolerance: float,
-        budget: float | None,
-        halvings: int,
-    ) -> None:
+    def __init__(self, loss: SafetyLoss, start: Sequence[float], options: Options) -> None:
         self.loss = loss
         self.numbers = list(range(len(loss.batches)))
         self.start = sum(start) / sum(len(batch.labels) for batch in loss.batches)
-        self.every_n_steps = every_n_steps
-        self.tolerance = tolerance
-        self.budget = budget
-        self.halvings = halvings
+        self.options = options
         self.failed = False
         self._before = 0.0
         self._weights: list[torch.Tensor] | None = None
@@ -217,7 +180,7 @@ class Watchdog:
     def before(self, update: Update) -> dict[str, float]:
         """Keep the weights, and their loss."""
         self._weights = None
-        if update.step % self.every_n_steps:
+        if update.step % self.options.every_n_steps:
             return {}
         # Not the loss after the last update: other callbacks (an average, a rollback) may have changed the weights since.
         self._before = self._measured(update)
@@ -228,12 +191,12 @@ class Watchdog:
         """Measure, and shorten or undo."""
         if self._weights is None:
             return {}
-        limit = self._before + self.tolerance
-        if self.budget is not None:
-            limit = min(limit, max(self._before, self.start + self.budget))
+        limit = self._before + self.options.tolerance
+        if self.options.budget is not None:
+            limit = min(limit, max(self._before, self.start + self.options.budget))
         share, found = 1.0, self._measured(update)
         first = found
-        for _ in range(self.halvings):
+        for _ in range(self.options.halvings):
             if found <= limit:
                 break
             share /= 2
@@ -266,10 +229,17 @@ class Watchdog:
                     parameter.lerp_(kept, 1 - share)
 
 
-def _batches(loss: SafetyLoss, update: Update, every_n_steps: int, seed: int) -> list[int]:
+def made_mode(loss: SafetyLoss, start: Sequence[float], options: Options) -> Mode:
+    """The mode that the options name; `start` is the start model's loss of each batch, which projecting does not read."""
+    if options.mode == "project":
+        return Project(loss, options)
+    return (TrustRegion if options.mode == "trust_region" else Watchdog)(loss, start, options)
+
+
+def _batches(loss: SafetyLoss, update: Update, options: Options) -> list[int]:
     """The batch of each process at this step."""
-    visit = update.step // every_n_steps * update.ranks.world
-    return [batch_number(visit + rank, len(loss.batches), seed) for rank in range(update.ranks.world)]
+    visit = update.step // options.every_n_steps * update.ranks.world
+    return [batch_number(visit + rank, len(loss.batches), options.seed) for rank in range(update.ranks.world)]
 
 
 def _cosine_by_layer(update: Update, found: projection.Products) -> dict[str, float]:

@@ -17,7 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ballast.errors import ConfigError
 from ballast.pipeline.training.chunked_kl import chunked_kl
-from ballast.pipeline.training.reference import after_the_head, base_model, output_layer
+from ballast.pipeline.training.reference import (
+    adapter_is_new,
+    after_the_head,
+    base_model,
+    frozen_copy,
+    output_layer,
+)
 from ballast.pipeline.training.safegrad.alignment_set import AlignmentBatch
 
 Objective = Literal["kl", "ce"]
@@ -86,6 +92,25 @@ class SafetyLoss:
             return self._frozen(model, self.batches[number].to(device), adapter_off)
 
         self._reference = run
+
+    def take_start(self, model: Any, cache: bool) -> None:
+        """Make the policy the reference, as it is now: cached, as itself with a new adapter switched off, or as a frozen copy.
+
+        Raises:
+            ConfigError: no cache where the policy is sharded, or one that would take more than 8 GiB.
+        """
+        if self.objective == "ce":
+            return
+        if cache:
+            self.take_reference(model, cache=True)
+        elif self.whole_model:
+            raise ConfigError(
+                "cache_reference=False under FSDP2 would need a second sharded model; leave cache_reference at True, or give `reference` a model"
+            )
+        elif hasattr(model, "peft_config") and adapter_is_new(model):
+            self.take_reference(model, cache=False, adapter_off=True)
+        else:
+            self.take_reference(frozen_copy(model), cache=False)
 
     def summed(self, model: Any, number: int) -> torch.Tensor:
         """The loss of a batch, summed over its completion tokens, differentiable in the model's parameters."""

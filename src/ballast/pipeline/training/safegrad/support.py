@@ -12,6 +12,14 @@ def is_sharded(model: Any) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def is_fsdp() -> bool:
+    """Whether the trainer will shard its model; its accelerator knows, whichever way it was asked for."""
+    from accelerate import DistributedType
+    from accelerate.state import AcceleratorState
+
+    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
+
+
 def check_support(args: Any, model: Any) -> None:
     """Refuses trainers whose gradients or updates are out of a callback's reach.
 
