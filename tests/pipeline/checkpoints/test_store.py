@@ -81,6 +81,29 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning_that_says_what_is_
     assert message in warning
 
 
+def test_a_manifest_with_any_bit_flipped_is_damage(tmp_path):
+    with whole_folder(tmp_path / "made") as scratch:
+        (scratch / "a").write_text("a")
+        (scratch / "weights").write_text("0123456789")
+    manifest = tmp_path / "made" / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            manifest.write_bytes(flipped)
+            assert damage(tmp_path / "made"), (place, bit, flipped)
+
+
+@pytest.mark.parametrize("files", ["[]", '["weights"]', '{"weights": []}', '{"weights": null}', "3"])
+def test_a_manifest_of_another_shape_is_damage(store, files):
+    store.save("weighta", 1)
+    store.save("weights", 2)
+    (store.folder / "step-00000002" / "manifest.json").write_text(f'{{"files": {files}}}')
+    assert store.last().step == 1
+    assert "it cannot be read" in store.warnings[0]
+
+
 def test_one_that_a_killed_process_was_writing_is_none_and_goes_with_the_next(store):
     store.save("a", 1)
     (store.folder / "step-00000002.partial").mkdir()

@@ -54,11 +54,15 @@ def damage(folder: Path, beside: frozenset[str] = frozenset()) -> str | None:
     """
     try:
         written = json.loads((folder / MANIFEST).read_text())["files"]
-        found = _contents(folder, beside)
+        return _difference(written, _contents(folder, beside))
     except FileNotFoundError:
         return "it has no manifest.json"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    # The manifest itself may be damaged, and its JSON then of any shape.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({type(error).__name__})"
+
+
+def _difference(written: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> str | None:
     if missing := sorted(set(written) - set(found)):
         return f"{missing[0]} is missing"
     for name, expected in written.items():
