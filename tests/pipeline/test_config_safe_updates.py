@@ -11,7 +11,8 @@ from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import dump_config, load_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.run import _check_parts, stage_of, stage_settings
-from ballast.pipeline.safe_updates import safegrad_callbacks
+from ballast.pipeline.safe_updates import safegrad_callbacks, safegrad_rows
+from ballast.pipeline.safety_layers import preference_rows, safety_rows
 from ballast.pipeline.stages import train_sft
 
 ROWS = [
@@ -77,8 +78,32 @@ def test_alignment_rows_that_are_measured_on_stop_the_run_before_its_first_stage
         f"safegrad.data={json.dumps(str(tmp_path / 'answers.jsonl'))}",
         f"data.test={json.dumps(str(test))}",
     )
-    with pytest.raises(DataError, match=r"1 of 2 rows of safegrad\.data are test prompts too"):
+    with pytest.raises(DataError, match=r"1 of 2 rows of safegrad\.data are prompts of data\.test too"):
         _check_parts(RunContext(config, Console(file=io.StringIO())), ["train"])
+
+
+@pytest.mark.parametrize("measured", ["data.test", "monitor.suite"])
+@pytest.mark.parametrize(
+    ("key", "rows_of"),
+    [
+        ("safegrad.data", safegrad_rows),
+        ("probing.data", preference_rows),
+        ("regularization.safety_data", lambda config: safety_rows(config, [])),
+    ],
+)
+def test_no_row_of_a_safe_update_is_measured_on(configured, tmp_path, key, rows_of, measured):
+    held_out, own = tmp_path / "held_out.jsonl", tmp_path / "own.jsonl"
+    row = {"prompt": "A harmful request", "kind": "harmful", "response": "No."}
+    held_out.write_text(json.dumps(row))
+    own.write_text("\n".join(json.dumps(each) for each in (row, row | {"prompt": "Another one"})))
+    config = configured(
+        "regularization.safety_share=0.1",
+        "monitor.enabled=true",
+        f"{key}={json.dumps(str(own))}",
+        f"{measured}={json.dumps(str(held_out))}",
+    )
+    with pytest.raises(DataError, match=rf"1 of 2 rows of {key} are prompts of {measured} too"):
+        rows_of(config)
 
 
 @pytest.mark.model

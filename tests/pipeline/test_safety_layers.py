@@ -144,12 +144,20 @@ def test_probing_takes_harmful_rows_alone_and_says_what_is_missing(configured, t
     assert (pair["chosen"], pair["rejected"]) == ("No.", "Yes.")
 
 
-def test_localisation_looks_at_no_test_prompt(configured, tmp_path):
-    test = tmp_path / "test.jsonl"
-    test.write_text(json.dumps(ROWS[0]))
-    given = [f"localize.data={json.dumps(str(tmp_path / 'answers.jsonl'))}", f"data.test={json.dumps(str(test))}"]
-    with pytest.raises(DataError, match="1 of 2 prompts of localize"):
-        localize.localization_rows(RunContext(configured(*given), Console(file=io.StringIO())))
+@pytest.mark.parametrize("measured", ["data.test", "monitor.suite"])
+def test_localisation_looks_at_no_prompt_that_is_measured_on(configured, tmp_path, measured):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(ROWS[0]))
+    given = [f"localize.data={json.dumps(str(tmp_path / 'answers.jsonl'))}", f"{measured}={json.dumps(str(held_out))}"]
+    run = RunContext(configured(*given, "monitor.enabled=true"), Console(file=io.StringIO()))
+    with pytest.raises(DataError, match=rf"1 of 2 rows of localize\.data are prompts of {measured} too"):
+        localize.localization_rows(run)
+
+
+def test_a_suite_of_a_monitor_that_is_off_holds_no_row_back(configured, tmp_path):
+    suite = f"monitor.suite={json.dumps(str(tmp_path / 'answers.jsonl'))}"
+    given = [f"localize.data={json.dumps(str(tmp_path / 'answers.jsonl'))}", suite]
+    assert len(localize.localization_rows(RunContext(configured(*given), Console(file=io.StringIO())))) == 2
 
 
 @pytest.mark.model

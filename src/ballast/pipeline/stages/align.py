@@ -86,7 +86,7 @@ def alignment_rows(context: RunContext) -> list[Row]:
 
 
 def rows_with_answers(config: RunConfig, sources: Sequence[str], key: str, max_rows: int | None) -> list[Row]:
-    """Rows with answers, none of whose prompts is a test prompt.
+    """Rows with answers, none of whose prompts is measured on.
 
     Args:
         config: the run.
@@ -98,13 +98,27 @@ def rows_with_answers(config: RunConfig, sources: Sequence[str], key: str, max_r
         DataError: no source, no answer, or a prompt that is measured on too.
     """
     rows = load_rows(sources, "train", config.data, answers=True)
-    test = {normalise(row.prompt) for row in load_rows(config.data.test, "test", config.data)}
-    shared = [row.id for row in rows if normalise(row.prompt) in test]
-    if shared:
-        raise DataError(
-            f"{len(shared)} of {len(rows)} rows of {key} are test prompts too (first: row {shared[0]}); choose other sources for {key} or data.test"
-        )
+    check_not_measured(config, rows, key)
     return draw(rows, max_rows, config.seed)
+
+
+def check_not_measured(config: RunConfig, rows: Sequence[Row], key: str) -> None:
+    """No prompt of these rows is a test prompt, or one that the monitor measures on.
+
+    Raises:
+        DataError: one is; it names `key`, the rows' own in the configuration.
+    """
+    measured = {"data.test": config.data.test}
+    if config.monitor.enabled and config.monitor.suite is not None:
+        measured["monitor.suite"] = config.monitor.suite
+    for name, sources in measured.items():
+        prompts = {normalise(row.prompt) for row in load_rows(sources, "test", config.data)}
+        shared = [row.id for row in rows if normalise(row.prompt) in prompts]
+        if shared:
+            raise DataError(
+                f"{len(shared)} of {len(rows)} rows of {key} are prompts of {name} too (first: row {shared[0]}), so memory would be "
+                f"measured; choose other sources for {key} or {name}"
+            )
 
 
 def rehearsed_answers(context: RunContext, rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:

@@ -9,11 +9,11 @@ Writes `layers.json` (scores with their bands, what each seed found, the chosen 
 import json
 from pathlib import Path
 
-from ballast.errors import DataError
 from ballast.pipeline.context import RunContext, load_policy
-from ballast.pipeline.data import Row, load_rows, normalise
+from ballast.pipeline.data import Row, load_rows
 from ballast.pipeline.run_folder import write_text
 from ballast.pipeline.safety_layers import LAYERS_FILE
+from ballast.pipeline.stages.align import check_not_measured
 
 _LABELS = {
     "gap": "gap of angles, radians",
@@ -47,18 +47,12 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
 
 def localization_rows(context: RunContext) -> list[Row]:
-    """The prompts of `localize.data`, none of which is a test prompt.
+    """The prompts of `localize.data`, none of which is measured on.
 
     Raises:
-        DataError: a prompt that is measured on too.
+        DataError: one is.
     """
-    data = context.config.data
-    rows = load_rows(context.config.localize.data, "train", data)
-    test = {normalise(row.prompt) for row in load_rows(data.test, "test", data)}
-    shared = [row.id for row in rows if normalise(row.prompt) in test]
-    if shared:
-        raise DataError(
-            f"{len(shared)} of {len(rows)} prompts of localize.data are test prompts too (first: row {shared[0]}); choose other sources "
-            "for localize.data or data.test"
-        )
+    config = context.config
+    rows = load_rows(config.localize.data, "train", config.data)
+    check_not_measured(config, rows, "localize.data")
     return rows
