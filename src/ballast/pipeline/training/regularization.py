@@ -140,8 +140,10 @@ class WeightAverage(TrainerCallback):
     """An exponential average of the trained weights, evaluated, saved and left in the model at the end.
 
     average <- decay * average + (1 - decay) * weights after every optimizer step, from the start weights on, in fp32. Training
-    goes on with the weights themselves. A checkpoint holds the average, and a run that is resumed goes on from it. With
-    TRL's GRPO do not evaluate between steps: vLLM would keep the average for the rollouts of the next step.
+    goes on with the weights themselves. What the Trainer saves by its own `save_strategy` is the average, and from there a
+    training goes on with the average for its weights. A checkpoint of `CheckpointCallback` holds both, and a training that
+    goes on from one ends as if it had never stopped. With TRL's GRPO do not evaluate between steps: vLLM would keep the
+    average for the rollouts of the next step.
 
     Args:
         decay: in (0, 1); it looks back about 1 / (1 - decay) steps.
