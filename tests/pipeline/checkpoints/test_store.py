@@ -130,6 +130,75 @@ def test_an_error_of_the_training_itself_is_not_taken_for_one_of_the_disk(store,
     assert steps(store) == []
 
 
+class Full:
+    """A disk that is full at the steps that are in `steps`."""
+
+    def __init__(self):
+        self.steps = set()
+
+    def __call__(self, trainer, folder):
+        if any(folder.name.startswith(f"step-{step:08d}") for step in self.steps):
+            raise OSError(28, "No space left on device")
+        (folder / "weights").write_text("made")
+
+
+@pytest.fixture
+def full(store, monkeypatch):
+    disk = Full()
+    monkeypatch.setattr(training_state, "write_training", disk)
+    return disk
+
+
+def test_the_third_step_in_a_row_that_cannot_be_written_ends_the_training(store, full):
+    full.steps = {2, 4, 5, 6}
+    # 2 fails and 3 is written, which begins the count anew: 4 and 5 are told of, and 6 is the third.
+    assert [store.try_save("a", step) is None for step in range(1, 6)] == [False, True, False, True, True]
+    assert [warning.split(" could not")[0] for warning in store.warnings] == [
+        f"the checkpoint of step {step}" for step in (2, 4, 5)
+    ]
+    with pytest.raises(CheckpointError, match="the checkpoint of step 6 could not be written"):
+        store.try_save("a", 6)
+    assert store.last().step == 3
+
+
+def test_two_that_try_at_one_step_count_as_one(store, full):
+    full.steps = {1, 2, 3}
+    assert [store.try_save("a", step, tags) for step in (1, 2) for tags in (["good"], [])] == [None] * 4
+    with pytest.raises(CheckpointError):
+        store.try_save("a", 3)
+
+
+def test_tags_that_cannot_be_written_are_an_error_of_the_checkpoint_and_the_best_stays(store, monkeypatch):
+    from ballast.pipeline.checkpoints import store as module
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    store.save("a", 1, ["best"])
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_text", full)
+        with pytest.raises(CheckpointError, match=r"step 2 could not be written to '.*tags\.json'.*No space left"):
+            store.save("b", 2, ["best"])
+        with pytest.raises(CheckpointError, match=r"step 1 could not be written to '.*tags\.json'"):
+            store.tag(1, "good")
+    assert (store.best().step, store.last().step) == (1, 2)
+
+
+def test_a_failure_between_two_tags_leaves_a_best(store, monkeypatch):
+    from ballast.pipeline.checkpoints import store as module
+
+    def full_for_the_first(path, text):
+        if path.parent.name == "step-00000001":
+            raise OSError(28, "No space left on device")
+        path.write_text(text)
+
+    store.save("a", 1, ["best"])
+    monkeypatch.setattr(module, "write_text", full_for_the_first)
+    with pytest.raises(CheckpointError):
+        store.save("b", 2, ["best"])
+    assert store.best().step == 2
+
+
 def test_a_folder_that_cannot_be_made_is_refused_with_the_reason_and_the_remedy(tmp_path, store):
     store.folder.write_text("a file is in the way")
     with pytest.raises(

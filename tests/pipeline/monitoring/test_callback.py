@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ballast.errors import BallastError, ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
+from ballast.pipeline.checkpoints.store import CheckpointError
 from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.judges import Completion, Verdict
 from ballast.pipeline.evaluation.suites import SuitePrompt
@@ -266,6 +267,29 @@ def test_without_a_whole_good_checkpoint_a_trip_ends_in_an_error(trainer, tmp_pa
     monitor.store.save = damaged
     with pytest.raises(BallastError, match="no whole checkpoint of a good point"):
         run.train()
+
+
+def test_good_points_that_cannot_be_written_are_warned_of_until_the_third_in_a_row(
+    trainer, tmp_path, monkeypatch, caplog
+):
+    from ballast.pipeline.checkpoints import training_state
+
+    def full(trainer, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training_state, "write_training", full)
+    monitor = monitor_of(tmp_path, BASE)
+    run = trainer(steps=9)
+    monitor.watch(run)
+    with pytest.raises(CheckpointError, match="step 2 could not be written"):
+        run.train()
+    warned = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
+    assert [message.split(" could not")[0] for message in warned] == [
+        "the checkpoint of step 0",
+        "the checkpoint of step 1",
+    ]
+    # What was trained on since the last point that can be gone back to is still known: 2 steps of 2 rows, and one batch more.
+    assert 4 <= monitor._good.write_rows(tmp_path / "rows.jsonl") <= 6
 
 
 def test_rollback_is_refused_for_a_monitor_that_was_not_given_the_trainer(trainer, tmp_path):

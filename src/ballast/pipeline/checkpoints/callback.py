@@ -1,15 +1,12 @@
 """When a checkpoint is made: every n optimizer steps, where nothing is half-way."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ballast.pipeline.checkpoints.store import Checkpoint, CheckpointError, CheckpointStore
+from ballast.pipeline.checkpoints.store import Checkpoint, CheckpointStore
 from ballast.pipeline.checkpoints.training_state import resume_parts
-
-_MAX_FAILED = 3
 
 
 class CheckpointCallback(TrainerCallback):
@@ -24,10 +21,9 @@ class CheckpointCallback(TrainerCallback):
         every: optimizer steps between checkpoints; a GRPO that learns several times from one batch of completions is saved
             when it is through with it. None only restores.
         resumed: the checkpoint that the training goes on from.
-        failed: told of a checkpoint that could not be written. Training goes on, for those before it are whole.
 
     Raises:
-        CheckpointError: in training, three in a row could not be written.
+        CheckpointError: in training, those of three steps in a row could not be written; the store tells of those before.
     """
 
     def __init__(
@@ -36,14 +32,11 @@ class CheckpointCallback(TrainerCallback):
         trainer: Any,
         every: int | None,
         resumed: Checkpoint | None = None,
-        failed: Callable[[CheckpointError], None] | None = None,
     ) -> None:
         self.store = store
         self.trainer = trainer
         self.every = every
         self.resumed = resumed
-        self._tell = failed or (lambda error: None)
-        self._failures = 0
         self._due = False
         self._before = 0.0
         self._begun = time.perf_counter()
@@ -85,15 +78,7 @@ class CheckpointCallback(TrainerCallback):
         self._due = self._due or step % self.every == 0
         if not self._due or not _at_border(args, step) or self.store.at(step) is not None:
             return
-        try:
-            self.store.save(self.trainer, step)
-        except CheckpointError as error:
-            self._failures += 1
-            if self._failures >= _MAX_FAILED:
-                raise
-            self._tell(error)
-        else:
-            self._failures = 0
+        if self.store.try_save(self.trainer, step) is not None:
             self._due = False
 
 

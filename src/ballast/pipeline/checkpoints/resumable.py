@@ -26,7 +26,7 @@ class ResumableTraining:
 
     def __init__(self, context: "RunContext", folder: Path) -> None:
         self.context = context
-        self.store = CheckpointStore(folder / CHECKPOINTS, warn=self._warn)
+        self.store = CheckpointStore(folder / CHECKPOINTS, warn=self._warn, failed=self._failed)
         self.resumed = self.store.last()
         self.step = 0 if self.resumed is None else self.resumed.step
 
@@ -39,7 +39,7 @@ class ResumableTraining:
             return time.perf_counter() - started
         from ballast.pipeline.checkpoints.callback import CheckpointCallback
 
-        saving = CheckpointCallback(self.store, trainer, every, self.resumed, self._failed)
+        saving = CheckpointCallback(self.store, trainer, every, self.resumed)
         trainer.add_callback(saving)
         if self.resumed is not None:
             self.context.say(f"  goes on after step {self.step}")

@@ -6,8 +6,10 @@ checkpoints/
 """
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from ballast.pipeline.run_folder import write_text
 GOOD, BEST = "good", "best"
 _TAGS = "tags.json"
 _BESIDE = frozenset({_TAGS, _TAGS + PARTIAL})
+_MOST_FAILED = 3  # steps in a row whose checkpoint could not be written
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(BallastError, RuntimeError):
@@ -48,14 +53,23 @@ class CheckpointStore:
     Args:
         folder: it is made at the first `save`.
         keep: how many of the last ones; one more than 1, so that one is left when the last is damaged.
-        warn: is told, once each, which checkpoints are damaged and passed over.
+        warn: is told, once each, which checkpoints are damaged and passed over; None logs it.
+        failed: is told by `try_save` of a checkpoint that could not be written; None lets `warn` say so.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        warn: Callable[[str], None] | None = None,
+        failed: Callable[[CheckpointError], None] | None = None,
+    ) -> None:
         self.folder = folder
         self.keep = keep
-        self._warn = warn or (lambda message: None)
+        self._warn = warn or logger.warning
         self._warned: set[Path] = set()
+        self._tell = failed or (lambda error: self._warn(str(error)))
+        self._failed: set[int] = set()
 
     def save(self, trainer: Any, step: int, tags: Iterable[str] = ()) -> Checkpoint:
         """Write a checkpoint, replacing one of the same step, and remove what need not be kept.
@@ -73,36 +87,54 @@ class CheckpointStore:
         from ballast.pipeline.checkpoints.training_state import write_training
 
         path = self._path(step)
-        try:
+        with _clear_errors(step, path):
             with whole_folder(path) as scratch:
                 write_training(trainer, scratch)
             self._remove_spare()
-        # torch.save turns the system's error into a RuntimeError, safetensors into one of its own.
-        except Exception as error:
-            if not _of_the_disk(error):
-                raise
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to '{path}' ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                "make room on the disk or give write permission; the checkpoints before it are whole, and --resume goes on from them"
-            ) from error
         return self.tag(step, *tags) if tags else Checkpoint(step, path, frozenset())
+
+    def try_save(self, trainer: Any, step: int, tags: Iterable[str] = ()) -> Checkpoint | None:
+        """`save`, for a training that goes on without this one: those before it are whole.
+
+        Args:
+            trainer: a transformers Trainer in training, on one process.
+            step: optimizer steps done.
+            tags: what is to be said of it, as with `tag`.
+
+        Returns:
+            None where it could not be written.
+
+        Raises:
+            CheckpointError: that is the third step in a row, whoever asked for the checkpoints.
+        """
+        try:
+            saved = self.save(trainer, step, tags)
+        except CheckpointError as error:
+            self._failed.add(step)
+            if len(self._failed) >= _MOST_FAILED:
+                raise
+            self._tell(error)
+            return None
+        self._failed.clear()
+        return saved
 
     def tag(self, step: int, *tags: str) -> Checkpoint:
         """Say something of a checkpoint; `best` is taken from the others, for there is one best.
 
         Raises:
-            CheckpointError: there is none of this step.
+            CheckpointError: there is none of this step, or the tags could not be written.
         """
         path = self._path(step)
         if not path.is_dir():
             raise CheckpointError(f"there is no checkpoint of step {step} in '{self.folder}' to tag; save it first")
-        if BEST in tags:
-            for other in self._paths():
+        now = _tags(path) | set(tags)
+        with _clear_errors(step, path / _TAGS):
+            # This one first: after a failure in between there are two of which the later counts, rather than none.
+            write_text(path / _TAGS, json.dumps(sorted(now)))
+            for other in self._paths() if BEST in tags else ():
                 if other != path and BEST in (had := _tags(other)):
                     write_text(other / _TAGS, json.dumps(sorted(had - {BEST})))
-        now = _tags(path) | set(tags)
-        write_text(path / _TAGS, json.dumps(sorted(now)))
-        self._remove_spare()
+            self._remove_spare()
         return Checkpoint(step, path, frozenset(now))
 
     def at(self, step: int) -> Checkpoint | None:
@@ -175,6 +207,21 @@ def _tags(path: Path) -> frozenset[str]:
         return frozenset(json.loads((path / _TAGS).read_text()))
     except (OSError, ValueError):
         return frozenset()
+
+
+@contextmanager
+def _clear_errors(step: int, path: Path) -> Iterator[None]:
+    """What the system says while a checkpoint is written, as an error that names it."""
+    try:
+        yield
+    # torch.save turns the system's error into a RuntimeError, safetensors into one of its own.
+    except Exception as error:
+        if not _of_the_disk(error):
+            raise
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to '{path}' ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "make room on the disk or give write permission; the checkpoints before it are whole, and --resume goes on from them"
+        ) from error
 
 
 def _of_the_disk(error: BaseException) -> bool:

@@ -24,11 +24,15 @@ class GoodPoints:
         trainer.data_collator = self._seen
 
     def keep(self) -> None:
-        """The present point is a good one; that of the last step is the model itself, and needs no checkpoint."""
+        """The present point is a good one; that of the last step is the model itself, and needs no checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoints of three steps in a row could not be written.
+        """
         step = self.trainer.state.global_step
-        if step < self.trainer.state.max_steps:
-            self.store.save(self.trainer, step, [GOOD])
-        self._seen.forget()
+        # A point that could not be written is none to go back to: what was trained on since the one before it is still of interest.
+        if step >= self.trainer.state.max_steps or self.store.try_save(self.trainer, step, [GOOD]) is not None:
+            self._seen.forget()
 
     def turn_back(self, leave: Collection[Any]) -> int:
         """Turn the training back to the last good point, and give its step.
