@@ -3,6 +3,8 @@
 Parsed as `ballast.pipeline.cli` parses: nothing heavy is imported before the options are checked.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,11 +12,12 @@ import typer
 
 if TYPE_CHECKING:
     from ballast.pipeline.restoration.methods import Method
+    from ballast.pipeline.restoration.models import Models
     from ballast.pipeline.restoration.restore import Restored
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Repair a tuned model's safety by arithmetic on weights: LoX, Safe LoRA, RESTA.",
+    help="Repair a tuned model's safety by arithmetic on weights: LoX, NLSR, Safe LoRA, RESTA.",
 )
 
 Base = Annotated[
@@ -106,6 +109,71 @@ def restore_resta(
     _restore(method, base, aligned, tuned, out, device, shard_gb, {"tuned": tuned_over, "aligned": aligned_over})
 
 
+@app.command("nlsr")
+def restore_nlsr(
+    base: Base,
+    aligned: Aligned,
+    tuned: Tuned,
+    out: Out,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Harmful requests with safe answers, as in data.train; may be repeated."),
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Calibration rows that are read.")] = 128,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt that the aligned model has.")] = None,
+    beta: Annotated[float, typer.Option(min=0.0, help="How far the reference lies beyond the aligned model.")] = 0.9,
+    sparsity: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of entries that are left alone.")] = 0.8,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the alignment, if it was a LoRA that has been merged.")
+    ] = None,
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of layers that are patched.")] = 0.5,
+    choice: Annotated[
+        Literal["rank", "sample"], typer.Option(help="The least similar layers, or the paper's draw.")
+    ] = "rank",
+    spread: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of the draw: share - spread to share + spread.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    unit: Annotated[
+        Literal["module", "layer"], typer.Option(help="What a layer is: a linear module, or a decoder layer.")
+    ] = "module",
+    strength: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 replaces the entries, 0 changes nothing.")] = 1.0,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Write a LoRA of this rank instead of a model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Calibration rows a forward.")] = 8,
+    modules: Modules = None,
+    device: Device = "cpu",
+    shard_gb: ShardGb = 5.0,
+    tuned_over: TunedOver = None,
+    aligned_over: AlignedOver = None,
+) -> None:
+    """NLSR: give safety neurons of the least similar layers the values of a super-aligned reference; runs the model."""
+    from ballast.pipeline.restoration.methods import LAYERS
+    from ballast.pipeline.restoration.nlsr.settings import NLSRSettings
+
+    settings = NLSRSettings(
+        beta, sparsity, rank, share, choice, spread, seed, unit, strength, modules=tuple(modules or LAYERS)
+    )
+    models = _open(base, aligned, tuned, device, {"tuned": tuned_over, "aligned": aligned_over})
+
+    from ballast.pipeline.restoration.nlsr.calibration import read_calibration
+    from ballast.pipeline.restoration.nlsr.lora import restore_as_lora
+    from ballast.pipeline.restoration.nlsr.realign import realignment
+    from ballast.pipeline.restoration.output import check_output
+    from ballast.pipeline.restoration.restore import restore
+
+    folder = Path(out).expanduser()
+    check_output(folder, [weights.folder for weights in models.each()])  # before minutes of forwards
+    rows = read_calibration(models.aligned, calibration or ["shipped:harmful"], system_prompt, max_rows)
+    with _progress() as show:
+        method = realignment(models, rows, settings, device, batch_size, on_module=show)
+    with _progress() as show:
+        if lora_rank is None:
+            restored = restore(method, models, folder, device, int(shard_gb * 1e9), show)
+        else:
+            restored = restore_as_lora(method, models, folder, lora_rank, device, show)
+    _show(restored)
+
+
 def _restore(
     method: "Method",
     base: str,
@@ -116,29 +184,42 @@ def _restore(
     shard_gb: float,
     over: dict[str, str | None],
 ) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from ballast.pipeline.restoration.restore import restore
 
-    from ballast.pipeline.quiet import quiet_libraries
-    from ballast.pipeline.restoration.models import open_models
-    from ballast.pipeline.restoration.restore import check_device, restore
-
-    quiet_libraries()
-    check_device(device)
-    models = open_models(base, aligned, tuned, {label: of for label, of in over.items() if of is not None})
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # A live display writes blank lines into a log file.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=len(models.tuned.names))
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.update(task, description=name, completed=done)
-
+    models = _open(base, aligned, tuned, device, over)
+    with _progress() as show:
         restored = restore(
             method, models, Path(out).expanduser(), device=device, shard_bytes=int(shard_gb * 1e9), on_tensor=show
         )
     _show(restored)
+
+
+def _open(base: str, aligned: str, tuned: str | None, device: str, over: dict[str, str | None]) -> "Models":
+    from ballast.pipeline.quiet import quiet_libraries
+    from ballast.pipeline.restoration.models import open_models
+    from ballast.pipeline.restoration.restore import check_device
+
+    quiet_libraries()
+    check_device(device)
+    return open_models(base, aligned, tuned, {label: of for label, of in over.items() if of is not None})
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar, gone at the end; the block gets what is told a tensor's name, how many are done and how many there are."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A live display writes blank lines into a log file.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        yield show
 
 
 def _show(restored: "Restored") -> None:

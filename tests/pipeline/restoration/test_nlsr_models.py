@@ -262,6 +262,82 @@ def test_the_model_is_as_before_after_a_failed_calibration() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def freeze_the_rest(family: Family) -> None:
+    """Aligned and tuned share embedding, norms and output layer with the base, as after a merged LoRA."""
+    for folder, arrays in ((family.aligned, family.aligned_arrays), (family.tuned, family.tuned_arrays)):
+        arrays |= {name: array for name, array in family.base_arrays.items() if name not in NAMES}
+        save_file(arrays, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def as_lora(family: Family, rank: int, **options: Any) -> Any:
+    return nlsr(
+        family.base, family.aligned, family.tuned, rows=ROWS, out=family.folder / "lora-out", lora_rank=rank,
+        settings=NLSRSettings(**options),
+    )  # fmt: skip
+
+
+def lora_changes(folder: Path) -> Arrays:
+    """What the written adapter adds, as PEFT merges it: alpha / r times B A."""
+    stored, config = (
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    key = "base_model.model.{}.lora_{}.weight"
+    return {
+        f"{module}.weight": config["lora_alpha"] / config["r"]
+        * stored[key.format(module, "B")].astype(np.float64) @ stored[key.format(module, "A")].astype(np.float64)
+        for module in config["target_modules"]
+    }  # fmt: skip
+
+
+def test_a_lora_of_full_rank_is_the_full_result(family: Family) -> None:
+    freeze_the_rest(family)
+    family.run()
+    as_lora(family, rank=16)  # the smaller side of most modules
+    whole, changes = family.result(), lora_changes(family.folder / "lora-out")
+    base = double(family.base_arrays)
+    assert set(changes) == set(NAMES)
+    assert all(close(base[name] + changes[name], whole[name].astype(np.float64)) for name in NAMES)
+
+
+def test_a_lora_of_a_low_rank_is_the_nearest_and_says_what_it_loses(family: Family) -> None:
+    freeze_the_rest(family)
+    family.run()
+    restored = as_lora(family, rank=3)
+    whole, changes, base = double(family.result()), lora_changes(family.folder / "lora-out"), double(family.base_arrays)
+    lost = total = 0.0
+    for name in NAMES:
+        delta = whole[name] - base[name]
+        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+        assert close(changes[name], (u[:, :3] * s[:3]) @ vt[:3])
+        assert {**restored.changed, **restored.kept}[name]["lora_error"] == pytest.approx(
+            float(np.sqrt((s[3:] ** 2).sum() / (s**2).sum())), rel=1e-5
+        )
+        lost, total = lost + (s[3:] ** 2).sum(), total + (s**2).sum()
+    assert f"{np.sqrt(lost / total):.2%} is lost" in restored.notes[0]
+
+
+def test_untouched_modules_of_a_tuned_lora_keep_their_factors(family: Family) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    family.tuned, tuned_changes = save_lora(family.folder / "tuned-lora", family.base, 4)
+    restored = as_lora(family, rank=8)
+    changes = lora_changes(family.folder / "lora-out")
+    assert all(close(changes[name], tuned_changes[name]) for name in restored.kept)
+    # PEFT itself loads it over the base, and adds just that.
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family.base), family.folder / "lora-out")
+    merged = dict(model.merge_and_unload().named_parameters())
+    for name in NAMES:
+        assert close(merged[name].detach().double().numpy(), double(family.base_arrays)[name] + changes[name])
+
+
+def test_a_lora_cannot_hold_changed_norms(family: Family) -> None:
+    with pytest.raises(ModelError, match="a LoRA of linear modules cannot hold that; leave lora_rank out"):
+        as_lora(family, rank=4)
+    assert not (family.folder / "lora-out").exists()
+
+
 def test_a_restored_model_loads_and_answers(family: Family) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -27,10 +27,12 @@ from ballast.pipeline.restoration.nlsr.algebra import (
     sampled,
     transplant,
 )
+from ballast.pipeline.restoration.nlsr.lora import restore_as_lora
+from ballast.pipeline.restoration.nlsr.reference import AlignmentChanges, reference_model
 from ballast.pipeline.restoration.nlsr.settings import NLSRSettings
 from ballast.pipeline.restoration.output import check_output
 from ballast.pipeline.restoration.restore import SHARD_BYTES, Restored, restore
-from ballast.pipeline.restoration.weights import Factors, difference, own_fp32
+from ballast.pipeline.restoration.weights import Factors, own_fp32
 
 DEFAULT = NLSRSettings()
 Progress = Callable[[str, int, int], None]
@@ -110,6 +112,7 @@ def nlsr(
     batch_size: int = 8,
     shard_bytes: int = SHARD_BYTES,
     over: Mapping[str, str] | None = None,
+    lora_rank: int | None = None,
     on_module: Progress | None = None,
 ) -> Restored:
     """Give a tuned model the safety neurons of its aligned ancestor back.
@@ -125,6 +128,7 @@ def nlsr(
         batch_size: calibration rows a forward.
         shard_bytes: largest size of a weight file.
         over: see `open_models`.
+        lora_rank: write a LoRA of this rank, see `restore_as_lora`; None writes a full model.
         on_module: is told each module's name, how many are examined and how many there are.
 
     Raises:
@@ -137,6 +141,8 @@ def nlsr(
     models = open_models(base, aligned, tuned, over)
     check_output(Path(out), [weights.folder for weights in models.each()])  # before minutes of forwards
     method = realignment(models, rows, settings, device, batch_size, on_module=on_module)
+    if lora_rank is not None:
+        return restore_as_lora(method, models, Path(out), lora_rank, device)
     return restore(method, models, Path(out), device, shard_bytes)
 
 
@@ -169,7 +175,7 @@ def realignment(
         raise ConfigError(
             "nlsr restores what a tuned model has lost, and none is given; name it, or harden the aligned model with lox"
         )
-    changes = _Changes(models, selected(models, settings), device)
+    changes = AlignmentChanges(models, selected(models, settings), device)
     model = reference_model(models, changes, settings.beta, device)
     examined: dict[str, Examined] = {}
     for group in passes(changes.sides, budget):
@@ -230,33 +236,7 @@ def similarities(overlaps: Mapping[str, Overlap], unit: str) -> dict[str, float]
     return {layer: total.cosine() for layer, total in sums.items()}
 
 
-class _Changes:
-    """The alignment's change in each module, `aligned - base`."""
-
-    def __init__(self, models: Models, names: Sequence[str], device: str) -> None:
-        self.models, self.device = models, device
-        self.sides: dict[str, int] = {}
-        for name in names:
-            factors = self._factors(name)
-            self.sides[name] = models.aligned.shape(name)[1] if factors is None else factors.right.shape[0]
-
-    def of(self, name: str) -> Factors | torch.Tensor:
-        """Factors, or (m, n)."""
-        found = difference(self.models.aligned, self.models.base, name)
-        assert found is not None  # `selected` leaves those out
-        return found.to(self.device)
-
-    def right(self, name: str) -> torch.Tensor | None:
-        """(r, n) where the change has factors."""
-        factors = self._factors(name)
-        return None if factors is None else factors.right
-
-    def _factors(self, name: str) -> Factors | None:
-        aligned = self.models.aligned
-        return aligned.factors(name) if aligned.base is self.models.base else None
-
-
-def _examine(changes: _Changes, name: str, moment: torch.Tensor, settings: NLSRSettings) -> Examined:
+def _examine(changes: AlignmentChanges, name: str, moment: torch.Tensor, settings: NLSRSettings) -> Examined:
     change = changes.of(name)
     m, n = changes.models.aligned.shape(name)
     own = change.right.shape[0] if isinstance(change, Factors) else min(m, n)
@@ -270,38 +250,3 @@ def _examine(changes: _Changes, name: str, moment: torch.Tensor, settings: NLSRS
     # W_e - W_0 is a multiple of this change, which a cosine does not see.
     together = overlap(tuned.to(changes.device), dense, mask)
     return Examined(np.packbits(mask.cpu().numpy()), (m, n), together)
-
-
-def reference_model(models: Models, changes: _Changes, beta: float, device: str) -> Any:
-    """The super-aligned model, to run on calibration rows, in the dtype that the aligned model is stored in.
-
-    Raises:
-        ModelError: transformers cannot load it, or has no such tensor.
-    """
-    from transformers import AutoModelForCausalLM
-
-    aligned = models.aligned
-    folder = aligned.folder if aligned.base is None else aligned.base.folder
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{aligned.label} '{folder}' cannot be loaded ({str(error).splitlines()[0]}), and nlsr runs it on calibration rows; give a "
-            "causal language model of transformers"
-        ) from error
-    model.requires_grad_(False)
-    parameters = dict(model.named_parameters())
-    for name in aligned.names:
-        if name in changes.sides:
-            value = extrapolate(aligned.tensor(name).to(device), changes.of(name), beta)
-        elif aligned.base is not None and aligned.differs(name):
-            value = aligned.tensor(name)
-        else:
-            continue
-        if name not in parameters:
-            raise ModelError(
-                f"tensor '{name}' of {aligned.label} '{aligned.folder}' has another name in {type(model).__name__}; leave it out of "
-                "modules"
-            )
-        parameters[name].data.copy_(value)
-    return model.to(device)
