@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from ballast.pipeline.restoration.weights import Factors
+from ballast.pipeline.restoration.weights import Factors, frobenius
 
 Svd = Literal["auto", "exact", "randomised"]
 
@@ -86,7 +86,7 @@ def _randomised(delta: torch.Tensor, rank: int) -> LowRank:
     gaussian = torch.randn(delta.shape[1], width, generator=torch.Generator().manual_seed(0))
     block = torch.linalg.qr(delta @ gaussian.to(delta)).Q
     basis, images = [block], [block.T @ delta]  # Q_i (m, width), Q_i^T D (width, n)
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    norm = frobenius(delta)
     limit = min(max(_BLOCKS), min(delta.shape) // width)
     while True:
         if len(basis) in _BLOCKS or len(basis) >= limit:
@@ -113,6 +113,6 @@ def _ritz(delta: torch.Tensor, basis_mp: torch.Tensor, image_pn: torch.Tensor, r
     """
     w, s, vh = torch.linalg.svd(image_pn, full_matrices=False)
     u, s, v = basis_mp @ w[:, :rank], s[:rank], vh[:rank].T
-    left = float(torch.linalg.vector_norm(delta @ v - u * s, dtype=torch.float64))
+    left = frobenius(delta @ v - u * s)
     energy = float(s.double().square().sum()) / norm**2 if norm else 1.0
     return LowRank(u, s, v, min(energy, 1.0), left / norm if norm else 0.0)

@@ -16,6 +16,7 @@ from ballast.pipeline.restoration.models import Models, fingerprint
 from ballast.pipeline.restoration.output import RECORD, RestorationError, check_output, copy_companions, output_folder
 from ballast.pipeline.restoration.shard_writer import write_shards
 from ballast.pipeline.restoration.shards import TensorSpec
+from ballast.pipeline.restoration.weights import all_finite
 
 SHARD_BYTES = 5_000_000_000
 
@@ -136,7 +137,7 @@ class _Work:
         return change
 
     def _check_result(self, tensor: torch.Tensor, name: str) -> None:
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise RestorationError(
                 f"tensor '{name}' would hold infinite values in {tensor.dtype} after {self.method.name} "
                 f"({self.method.settings()}); choose a smaller strength"

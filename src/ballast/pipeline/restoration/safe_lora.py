@@ -17,7 +17,7 @@ import torch
 
 from ballast.errors import ConfigError
 from ballast.pipeline.restoration.methods import LAYERS, Change, Triple, is_matrix, matches
-from ballast.pipeline.restoration.weights import Factors
+from ballast.pipeline.restoration.weights import Factors, frobenius
 
 _BLOCK = 1024  # rows or columns that are computed at a time
 
@@ -122,7 +122,7 @@ def _dense(v: torch.Tensor, d: torch.Tensor, size: float, length: float) -> tupl
 
 def _norm(x: Factors | torch.Tensor) -> float:
     if isinstance(x, torch.Tensor):
-        return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+        return frobenius(x)
     return math.sqrt(max(_inner(x, x), 0.0))
 
 

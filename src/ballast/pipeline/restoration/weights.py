@@ -4,6 +4,7 @@ A full checkpoint (`shards.Checkpoint`) and a LoRA over one (`adapters.Adapter`)
 tensors by name and, where a model is a LoRA over another, the two thin factors of their difference.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,7 +106,7 @@ def difference(after: Weights, before: Weights, name: str) -> Factors | torch.Te
             return factors
     if after.base is not None and after.base is before.base:
         return _of_siblings(after, before, name)
-    return own_fp32(after.tensor(name)).sub_(before.tensor(name).float())
+    return own_fp32(after.tensor(name)).sub_(before.tensor(name))
 
 
 def _of_siblings(after: Weights, before: Weights, name: str) -> Factors | torch.Tensor | None:
@@ -114,7 +115,7 @@ def _of_siblings(after: Weights, before: Weights, name: str) -> Factors | torch.
     if not sides:
         return None
     if any(factors is None for _, factors in sides):
-        return own_fp32(after.tensor(name)).sub_(before.tensor(name).float())
+        return own_fp32(after.tensor(name)).sub_(before.tensor(name))
     lefts = [factors.left if weights is after else -factors.left for weights, factors in sides if factors is not None]
     rights = [factors.right for _, factors in sides if factors is not None]
     return Factors(torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
@@ -163,13 +164,27 @@ def check_finite(tensor: torch.Tensor, name: str, weights: Weights) -> torch.Ten
     Raises:
         ModelError: it holds NaN or infinity.
     """
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ModelError(
             f"tensor '{name}' of {_of(weights)} holds {bad} values that are NaN or infinite; the training that made it diverged or "
             "the file is damaged: take an earlier checkpoint or download it again"
         )
     return tensor
+
+
+def frobenius(matrix: torch.Tensor) -> float:
+    """The norm, summed in double precision, a block of rows at a time: a copy in double would be twice the tensor."""
+    rows = max(1, 1_000_000 // max(1, matrix.shape[-1]))
+    return math.sqrt(sum(float(block.double().square().sum()) for block in matrix.split(rows)))
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a mask, or a copy, of the tensor's size."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN where one value is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _of(weights: Weights) -> str:
