@@ -224,3 +224,20 @@ def test_kl_to_the_start_is_that_of_an_independent_reference(
     expected = torch.autograd.grad(plain_loss + 0.5 * kl[chosen].sum() / answer.sum(), trained)
     for name, one, other in zip(names, found, expected, strict=True):
         assert torch.allclose(one, other, atol=2e-6, rtol=1e-4), name
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["packing", "eval_packing", "padding_free"])
+def test_the_kl_to_the_start_is_refused_rows_that_share_a_sequence(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    from ballast.pipeline.training.start_kl import StartModelKL
+
+    class Held(StartModelKL, SFTTrainer):
+        pass
+
+    data = Dataset.from_list([{"input_ids": list(range(3, 3 + n))} for n in (9, 6)])
+    length = None if name == "padding_free" else 32  # TRL cuts no row of a sequence without padding
+    args = SFTConfig(**settings(tmp_path, max_length=length, **{name: True}))
+    with pytest.raises(ConfigError, match=f"with {name}"):
+        Held(llama(), args, train_dataset=data, processing_class=tokenizer, start_kl_weight=0.5)

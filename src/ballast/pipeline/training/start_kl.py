@@ -35,7 +35,8 @@ class StartModelKL:
         start_kl_tokens: `answer` (what the loss is on), `prompt` (the rest), or `all`; padding never.
 
     Raises:
-        ConfigError: a model given by its name, without a new adapter; one whose logits change after its output layer.
+        ConfigError: a model given by its name, without a new adapter; one whose logits change after its output layer;
+            packing, or batches without padding.
     """
 
     model: Any
@@ -61,6 +62,12 @@ class StartModelKL:
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         self.start_kl_weight, self.start_kl_tokens = start_kl_weight, start_kl_tokens
         check_exact_kl(self.model)
+        for name in ("packing", "eval_packing", "padding_free"):
+            if getattr(self.args, name, False):
+                raise ConfigError(
+                    f"the KL to the start model with {name}: rows stand behind each other in one sequence, and the start model is not "
+                    f"told where one ends and the next begins; set {name}=False"
+                )
         if copied is None and not adapter_is_new(self.model):
             raise ConfigError(
                 "the adapter changes the model from its first step on (init_lora_weights, or one that is no LoRA), so without it "
