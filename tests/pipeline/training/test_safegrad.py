@@ -140,8 +140,8 @@ def test_rho_and_projection_are_switches_of_their_own(
 
 def test_between_safety_gradients_the_last_one_is_used_again(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     pristine = copy.deepcopy(model)
-    safegrad = SafeGrad(SAFE, every_n_steps=2, batch_size=4)
-    trainer, before, after = trained(tmp_path, moved(model), tokenizer, safegrad, max_steps=4)
+    safegrad = SafeGrad(SAFE, every_n_steps=3, batch_size=4)
+    trainer, before, after = trained(tmp_path, moved(model), tokenizer, safegrad, max_steps=5)
     start = reference.in_float64(pristine, before.weights[0])
     at_two = reference.in_float64(pristine, before.weights[2])
     a, kl = reference.kl_gradient(at_two, start, list(SAFE))

@@ -39,8 +39,8 @@ class SafeGrad(TrainerCallback):
             takes them (`prompt`, `completion`, conversational or text) or tokenised (`input_ids`, `completion_mask`).
             10 to 20 are enough for the KL, the cross-entropy needs 100 or more.
         rho: weight of the safety gradient; 0 projects only.
-        every_n_steps: optimizer steps between safety gradients; between them the last one is used again. In the
-            other modes, steps between two checks.
+        every_n_steps: optimizer steps between safety gradients; between them the last one is used again, unless it was below
+            `noise_floor`: then the next step asks anew. In the other modes, steps between two checks.
         batch_size: alignment rows a safety gradient, on each process.
         projection: `global` projects; `none` is the ablation that only adds rho * a.
         metric: `euclidean`, or `adam`: the projection then holds for what Adam makes of the gradient.

@@ -109,6 +109,8 @@ class Project:
             }
             if self.options.log_layers:
                 figures |= _cosine_by_layer(update, found)
+        else:
+            self._kept = None  # rounding noise, as where policy and reference are one: the next step asks again
         return figures | {"applied_rate": float(step.applied)}
 
     def after(self, update: Update) -> dict[str, float]:
