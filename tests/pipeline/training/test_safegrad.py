@@ -324,6 +324,14 @@ def test_figures_are_in_the_history_and_reach_later_callbacks(tmp_path: Path, mo
         ({"projection": "layer"}, "projection='layer'"),
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"rho": float("nan")}, "rho=nan"),
+        ({"rho": float("inf")}, "rho=inf"),
+        ({"max_step": -1.0}, r"max_step=-1\.0"),
+        ({"max_step": 0.0}, r"max_step=0\.0"),
+        ({"tolerance": -5.0}, r"tolerance=-5\.0"),
+        ({"tolerance": float("nan")}, "tolerance=nan"),
+        ({"budget": -0.1}, r"budget=-0\.1"),
+        ({"margin": float("nan")}, "margin=nan"),
+        ({"max_length": 0}, "max_length=0"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: Any, message: str) -> None:

@@ -53,7 +53,8 @@ class SafeGrad(TrainerCallback):
         max_length: tokens of an alignment row, above which its completion is cut; None refuses rows longer than the context.
         noise_floor: least <a, a> / <u, u>; below it a is rounding noise, as at the start, and u stays as it is.
         max_skipped: updates that may be skipped because the safety loss or its gradient is no number; one more stops the run.
-        margin: for trust_region: nats a token above the start model's loss that are left alone.
+        margin: for trust_region: nats a token above the start model's loss that are left alone; below 0 it asks for less loss
+            than the start model's.
         max_step: for trust_region: longest step back, in learning rates' units; None takes the current learning rate.
         tolerance: for watchdog: rise of the safety loss that one update may bring, in nats a token.
         budget: for watchdog: rise since the start; None has no limit.

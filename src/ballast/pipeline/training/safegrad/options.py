@@ -1,5 +1,6 @@
 """What SafeGrad can be told; `SafeGrad` says what each option means."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,11 @@ _LEAST: dict[str, float] = {
     "max_skipped": 0,
     "halvings": 0,
     "chunk_tokens": 1,
+    "tolerance": 0,
+    "budget": 0,
+    "max_length": 1,
 }
+_MAY_BE_NONE = ("budget", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +63,11 @@ class Options:
                 raise ConfigError(f"SafeGrad({name}={value!r}): there are {', '.join(repr(a) for a in allowed)}")
         for name, minimum in _LEAST.items():
             value = getattr(self, name)
-            if not value >= minimum:
-                raise ConfigError(f"SafeGrad({name}={value!r}): give {minimum} or more")
+            if not (value is None and name in _MAY_BE_NONE) and not minimum <= value < math.inf:
+                raise ConfigError(f"SafeGrad({name}={value!r}): give a number of {minimum} or more")
+        if self.max_step is not None and not 0 < self.max_step < math.inf:
+            raise ConfigError(
+                f"SafeGrad(max_step={self.max_step!r}): give a number above 0, or None for the learning rate"
+            )
+        if not math.isfinite(self.margin):
+            raise ConfigError(f"SafeGrad(margin={self.margin!r}): give a number")
