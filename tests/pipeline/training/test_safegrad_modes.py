@@ -1,13 +1,14 @@
 """The trust region and the watchdog: what becomes of the weights after an update."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.pipeline.training import safegrad_reference as reference
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ballast import SafeGrad
 from ballast.errors import BallastError
@@ -38,7 +39,9 @@ class Padding:
         return {"input_ids": ids, "attention_mask": attention, "labels": ids.masked_fill(~mask, -100)}
 
 
-def trained(folder: Path, safegrad: Any, steps: int = 2, **changes: Any) -> tuple[Any, Any, Any, Any]:
+def trained(
+    folder: Path, safegrad: Any, steps: int = 2, first: Sequence[Any] = (), **changes: Any
+) -> tuple[Any, Any, Any, Any]:
     """The pristine model, the trainer after training with plain SGD, and weights before and after SafeGrad acted."""
     model = reference.small_model()
     pristine = copy.deepcopy(model)
@@ -49,7 +52,7 @@ def trained(folder: Path, safegrad: Any, steps: int = 2, **changes: Any) -> tupl
     }  # fmt: skip
     before, after = After(), After()
     trainer = Trainer(
-        model, TrainingArguments(**(settings | changes)), train_dataset=TASK, data_collator=Padding(), callbacks=[before, safegrad, after]
+        model, TrainingArguments(**(settings | changes)), train_dataset=TASK, data_collator=Padding(), callbacks=[*first, before, safegrad, after]
     )  # fmt: skip
     trainer.train()
     return pristine, trainer, before.weights, after.weights
@@ -160,6 +163,30 @@ def test_a_safety_loss_that_is_no_number_undoes_the_update_and_is_counted(
     calls.clear()
     with pytest.raises(BallastError, match="max_skipped is 0"):
         trained(tmp_path, SafeGrad(SAFE, mode="watchdog", tolerance=10.0, max_skipped=0))
+
+
+class Poison(TrainerCallback):
+    """A task gradient that is no number at the second update, as a loss that overflows leaves one."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            next(model.parameters()).grad.fill_(float("nan"))
+
+
+def test_an_update_that_leaves_no_numbers_is_undone_by_the_trust_region_and_counted(tmp_path: Path) -> None:
+    safegrad = SafeGrad(SAFE, mode="trust_region", batch_size=4)
+    _, trainer, before, after = trained(tmp_path, safegrad, steps=3, first=[Poison()])
+    assert not torch.isfinite(whole(before[1])).all()
+    assert torch.equal(whole(after[1]), whole(after[0]))
+    assert torch.isfinite(whole(after[2])).all()
+    assert logged(trainer, "skipped") == [0, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["project", "trust_region", "watchdog"])
+def test_a_training_does_not_end_well_with_weights_that_are_no_numbers(tmp_path: Path, mode: Any) -> None:
+    # Looked at are updates 0, 2, ...: nobody sees the second update, which is the last.
+    with pytest.raises(BallastError, match="after 2 steps the trained weights are no numbers"):
+        trained(tmp_path, SafeGrad(SAFE, mode=mode, every_n_steps=2, tolerance=10.0), first=[Poison()])
 
 
 def test_two_modes_stand_side_by_side(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ballast.errors import BallastError, ConfigError
 from ballast.pipeline.training.safegrad.alignment_set import alignment_batches
 from ballast.pipeline.training.safegrad.modes import Mode, Project, Update, made_mode
 from ballast.pipeline.training.safegrad.options import Options
+from ballast.pipeline.training.safegrad.projection import products
 from ballast.pipeline.training.safegrad.safety_gradient import Ranks
 from ballast.pipeline.training.safegrad.safety_loss import Objective, SafetyLoss, without_gradient
 from ballast.pipeline.training.safegrad.support import check_support, is_fsdp, is_sharded
@@ -70,7 +71,7 @@ class SafeGrad(TrainerCallback):
         ConfigError: an option out of range; when training begins, a trainer in which it cannot be correct
             (`support.check_support`), or a resumed one whose start model is not to be had.
         DataError: when the trainer is made, an alignment set that is empty, without completions or too long.
-        BallastError: in training, more than `max_skipped` updates were skipped.
+        BallastError: in training, more than `max_skipped` updates were skipped; at its end, weights that are no numbers.
     """
 
     def __init__(
@@ -203,6 +204,16 @@ class SafeGrad(TrainerCallback):
         assert self._mode is not None
         if not isinstance(self._mode, Project):
             self._note(self._mode.after(self._update(args, state, model, optimizer)), state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let no model go that is no numbers: of the updates after the last check nobody has looked at one."""
+        if not products(self._parameters, self._parameters).finite[0]:
+            raise BallastError(
+                f"SafeGrad: after {state.global_step} steps the trained weights are no numbers any more, so there is no model to save. Lower the "
+                "learning rate, train in bf16 or fp32 instead of fp16, or go on from an earlier checkpoint"
+            )
 
     def on_log(
         self,

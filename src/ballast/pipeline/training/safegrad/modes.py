@@ -123,7 +123,8 @@ class TrustRegion:
 
         theta <- theta - min((l - tau) / <a, a>, lr) * a   where l > tau
 
-    l is the safety loss of a batch after the update, and tau the start model's on the same batch plus a margin.
+    l is the safety loss of a batch after the update, and tau the start model's on the same batch plus a margin. An update
+    after which l or a is no number is undone.
     """
 
     def __init__(self, loss: SafetyLoss, start: Sequence[float], options: Options) -> None:
@@ -131,15 +132,18 @@ class TrustRegion:
         self.start = start  # of each batch, the start model's loss summed over its tokens
         self.options = options
         self.failed = False
+        self._weights: list[torch.Tensor] | None = None
 
     def before(self, update: Update) -> dict[str, float]:
-        """Nothing: the task's update is made as it is."""
+        """Keep the weights."""
+        self._weights = None if update.step % self.options.every_n_steps else _copied(update)
         return {}
 
     def after(self, update: Update) -> dict[str, float]:
         """Step back."""
         self.failed = False
-        if update.step % self.options.every_n_steps:
+        weights, self._weights = self._weights, None
+        if weights is None:
             return {}
         numbers = _batches(self.loss, update, self.options)
         found = safety_gradient(self.loss, update.model, update.parameters, numbers, update.ranks)
@@ -150,6 +154,7 @@ class TrustRegion:
             return figures
         norm2 = math.fsum(projection.products(found.parts, found.parts).safety)
         if not math.isfinite(norm2) or not math.isfinite(excess):
+            _put_back(update, weights)
             self.failed = True
             return {}
         if norm2 > 0:
@@ -186,7 +191,7 @@ class Watchdog:
             return {}
         # Not the loss after the last update: other callbacks (an average, a rollback) may have changed the weights since.
         self._before = self._measured(update)
-        self._weights = [parameter.detach().clone() for parameter in update.parameters]
+        self._weights = _copied(update)
         return {}
 
     def after(self, update: Update) -> dict[str, float]:
@@ -202,11 +207,11 @@ class Watchdog:
             if found <= limit:
                 break
             share /= 2
-            self._move(update, 0.5)
+            self._halve(update, self._weights)
             found = self._measured(update)
         if not found <= limit:  # a NaN too
             share, found = 0.0, self._before
-            self._move(update, 0.0)
+            _put_back(update, self._weights)
         self._weights = None
         self.failed = not (math.isfinite(first) and math.isfinite(self._before))
         return {
@@ -220,15 +225,11 @@ class Watchdog:
     def _measured(self, update: Update) -> float:
         return mean_loss(self.loss, update.model, self.numbers, update.ranks)
 
-    def _move(self, update: Update, share: float) -> None:
-        """Leave `share` of the way from the kept weights to the present ones."""
-        assert self._weights is not None
+    def _halve(self, update: Update, weights: Sequence[torch.Tensor]) -> None:
+        """Leave half of the way from the kept weights to the present ones."""
         with torch.no_grad():
-            for parameter, kept in zip(update.parameters, self._weights, strict=True):
-                if share == 0:
-                    parameter.copy_(kept)
-                else:
-                    parameter.lerp_(kept, 1 - share)
+            for parameter, kept in zip(update.parameters, weights, strict=True):
+                parameter.lerp_(kept, 0.5)
 
 
 def made_mode(loss: SafetyLoss, start: Sequence[float], options: Options) -> Mode:
@@ -236,6 +237,16 @@ def made_mode(loss: SafetyLoss, start: Sequence[float], options: Options) -> Mod
     if options.mode == "project":
         return Project(loss, options)
     return (TrustRegion if options.mode == "trust_region" else Watchdog)(loss, start, options)
+
+
+def _copied(update: Update) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in update.parameters]
+
+
+def _put_back(update: Update, weights: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, kept in zip(update.parameters, weights, strict=True):
+            parameter.copy_(kept)
 
 
 def _batches(loss: SafetyLoss, update: Update, options: Options) -> list[int]:
