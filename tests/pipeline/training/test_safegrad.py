@@ -143,12 +143,17 @@ def test_between_safety_gradients_the_last_one_is_used_again(tmp_path: Path, mod
     safegrad = SafeGrad(SAFE, every_n_steps=3, batch_size=4)
     trainer, before, after = trained(tmp_path, moved(model), tokenizer, safegrad, max_steps=5)
     start = reference.in_float64(pristine, before.weights[0])
-    at_two = reference.in_float64(pristine, before.weights[2])
-    a, kl = reference.kl_gradient(at_two, start, list(SAFE))
-    for step in (2, 3):  # computed at step 2, and used at 3 again
-        u = as_vector(before.gradients[step], at_two)
-        assert largest(as_vector(after.gradients[step], at_two) - reference.combined(u, a, 1.0, 0.25)) < 1e-6
-    assert logged(trainer, "alignment_kl") == [0, pytest.approx(kl, rel=1e-4)]
+    kls = []
+    # At step 0 the gradient is exactly 0 and is not kept: step 1 asks again, and 2 uses what 1 was given; 3 asks, 4 uses it.
+    for asked, used in ((1, 2), (3, 4)):
+        exact = reference.in_float64(pristine, before.weights[asked])
+        a, kl = reference.kl_gradient(exact, start, list(SAFE))
+        kls.append(pytest.approx(kl, rel=1e-4))
+        for step in (asked, used):
+            u = as_vector(before.gradients[step], exact)
+            assert largest(as_vector(after.gradients[step], exact) - reference.combined(u, a, 1.0, 0.25)) < 1e-6
+    assert logged(trainer, "alignment_kl") == [0, *kls]
+    assert logged(trainer, "applied_rate") == [0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
