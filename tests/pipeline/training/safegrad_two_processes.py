@@ -55,17 +55,17 @@ def fsdp2(rank: int, folder: Path) -> None:
     args: Any = SimpleNamespace(
         world_size=WORLD, process_index=rank, max_grad_norm=LIMIT, bf16=False, fp16=False, optim="adamw_torch", parallelism_config=None
     )  # fmt: skip
-    state: Any = SimpleNamespace(global_step=0, log_history=[])
     callbacks = [
         SafeGrad(SAFE, rho=RHO, batch_size=2),
         SafeGrad(SAFE, mode="watchdog", tolerance=1e-4, halvings=1, batch_size=3),
     ]
-    for callback in callbacks:
+    # Of two trainers, to the callbacks: one has a single SafeGrad.
+    states: list[Any] = [SimpleNamespace(global_step=0, log_history=[]) for _ in callbacks]
+    for callback, state in zip(callbacks, states, strict=True):
         callback.on_train_begin(args, state, None, model=model)  # type: ignore[arg-type]
     total = sum(sum(row["completion_mask"]) for row in TASK)
     kept: list[dict[str, Any]] = []
     for step in range(3):
-        state.global_step = step
         for row in list(TASK)[rank::WORLD]:
             labels = torch.tensor([row["input_ids"]]).masked_fill(~torch.tensor([row["completion_mask"]]).bool(), -100)
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
@@ -73,18 +73,21 @@ def fsdp2(rank: int, folder: Path) -> None:
             (loss * WORLD / total).backward()  # FSDP2 takes the mean over processes
         torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
         weights = full(model, lambda p: p)
-        for callback in callbacks:
+        for callback, state in zip(callbacks, states, strict=True):
+            state.global_step = step
             callback.on_pre_optimizer_step(args, state, None, model=model, optimizer=optimizer)  # type: ignore[arg-type]
         gradients = full(model, lambda p: p.grad)
         optimizer.step()
         proposed = full(model, lambda p: p)
-        for callback in callbacks:
+        for callback, state in zip(callbacks, states, strict=True):
             callback.on_optimizer_step(args, state, None, model=model, optimizer=optimizer)  # type: ignore[arg-type]
         share = callbacks[1]._figures["watchdog_kept_share"][-1]
         kept.append(
             {"weights": weights, "gradients": gradients, "proposed": proposed, "after": full(model, lambda p: p), "share": share}
         )  # fmt: skip
         optimizer.zero_grad()
+    for callback, state in zip(callbacks, states, strict=True):
+        callback.on_train_end(args, state, None)  # type: ignore[arg-type]
     torch.save(kept, folder / f"fsdp2-{rank}.pt")
 
 

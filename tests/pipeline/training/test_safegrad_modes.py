@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from tests.pipeline.training import safegrad_reference as reference
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from ballast import SafeGrad
-from ballast.errors import BallastError
+from ballast.errors import BallastError, ConfigError
 from ballast.pipeline.training.safegrad import modes
 
 TASK, SAFE = reference.rows(reference.TASK_LENGTHS, 0), reference.rows(reference.SAFE_LENGTHS, 1)
@@ -189,19 +189,25 @@ def test_a_training_does_not_end_well_with_weights_that_are_no_numbers(tmp_path:
         trained(tmp_path, SafeGrad(SAFE, mode=mode, every_n_steps=2, tolerance=10.0), first=[Poison()])
 
 
-def test_two_modes_stand_side_by_side(tmp_path: Path) -> None:
-    both = SafeGrad(SAFE, batch_size=4), SafeGrad(SAFE, mode="watchdog", tolerance=10.0)
+def test_a_second_one_in_a_trainer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has a SafeGrad already"):
+        trained(tmp_path, SafeGrad(SAFE), first=[SafeGrad(SAFE, mode="watchdog")])
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False)
+    trainer = Trainer(reference.small_model(), args, train_dataset=TASK, data_collator=Padding())
+    for _ in range(2):  # added later, too
+        trainer.add_callback(SafeGrad(SAFE))
+    with pytest.raises(ConfigError, match="has a SafeGrad already"):
+        trainer.train()
 
-    class Pair:
-        """Both callbacks as the one that `trained` takes."""
 
-        def __getattr__(self, event: str) -> Any:
-            def call(*args: Any, **kwargs: Any) -> None:
-                for one in both:
-                    getattr(one, event)(*args, **kwargs)
+def test_one_trainer_trains_twice_with_its_own(tmp_path: Path) -> None:
+    _, trainer, _, _ = trained(tmp_path, SafeGrad(SAFE), steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
-            return call
 
-    _, trainer, _, _ = trained(tmp_path, Pair())
-    assert logged(trainer, "applied_rate") == [0, 1]
-    assert logged(trainer, "watchdog_kept_share") == [1, 1]
+def test_an_encoder_decoder_is_refused_with_the_reason_when_the_trainer_is_made(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        Trainer(T5ForConditionalGeneration(config), args, train_dataset=TASK, callbacks=[SafeGrad(SAFE)])

@@ -33,7 +33,7 @@ class SafeGrad(TrainerCallback):
     trainable parameters together, its part along a is taken out; then rho * a is added (arXiv 2508.07172).
 
     It costs a forward and a backward of one alignment batch in every `every_n_steps`-th step, and the memory of one
-    copy of the trainable gradients.
+    copy of the trainable gradients. A trainer has at most one.
 
     Args:
         alignment_dataset: answers that the model should go on giving, above all refusals of harmful prompts; rows as TRL
@@ -68,8 +68,9 @@ class SafeGrad(TrainerCallback):
     Figures go into the trainer's log as `safegrad/...`: means since the last log, `safegrad/skipped` the total.
 
     Raises:
-        ConfigError: an option out of range; when training begins, a trainer in which it cannot be correct
-            (`support.check_support`), or a resumed one whose start model is not to be had.
+        ConfigError: an option out of range; when the trainer is made or its training begins, a second SafeGrad in it, or a
+            trainer in which SafeGrad cannot be correct (`support.check_support`); when training begins, a resumed one whose
+            start model is not to be had.
         DataError: when the trainer is made, an alignment set that is empty, without completions or too long.
         BallastError: in training, more than `max_skipped` updates were skipped; at its end, weights that are no numbers.
     """
@@ -140,7 +141,8 @@ class SafeGrad(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Take the policy as it is now for the reference: a checkpoint that training resumes from is loaded later."""
+        """Check the trainer; take the policy as it is now for the reference: a checkpoint that training resumes from is loaded later."""
+        self._check(args, state, model)
         if not is_fsdp():  # its parameters are not sharded yet, and may not be loaded
             self._prepare(args, model, processing_class)
 
@@ -153,8 +155,8 @@ class SafeGrad(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Check the trainer, and begin."""
-        check_support(args, model)
+        """Check the trainer as it is now, and begin."""
+        self._check(args, state, model)
         if self._loss is None:
             reads_start = self.options.mode != "project" or (self.options.objective == "kl" and self.reference is None)
             if state.global_step > 0 and reads_start:
@@ -232,6 +234,15 @@ class SafeGrad(TrainerCallback):
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
+
+    def _check(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        # The one object that all callbacks of a trainer are given; what is no field of it is in no checkpoint.
+        if vars(state).setdefault("_safegrad", id(self)) != id(self):
+            raise ConfigError(
+                "this trainer has a SafeGrad already, and two would change each other's update and share one place in a checkpoint; keep "
+                "one, of the mode that you need most"
+            )
+        check_support(args, model)
 
     def _prepare(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
         tokenizer = self.tokenizer if self.tokenizer is not None else processing_class
