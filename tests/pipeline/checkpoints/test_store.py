@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from ballast.errors import BallastError
 from ballast.pipeline.checkpoints import training_state
-from ballast.pipeline.checkpoints.callback import _at_border
+from ballast.pipeline.checkpoints.callback import CheckpointCallback, _at_border
 from ballast.pipeline.checkpoints.manifest import damage, whole_folder
 from ballast.pipeline.checkpoints.store import CheckpointError, CheckpointStore
 
@@ -328,3 +328,31 @@ def test_grpo_is_saved_when_its_completions_are_used_up():
     arguments = SimpleNamespace(steps_per_generation=4, num_iterations=2, gradient_accumulation_steps=2)
     assert [step for step in range(1, 13) if _at_border(arguments, step)] == [4, 8, 12]
     assert all(_at_border(SimpleNamespace(), step) for step in range(1, 5))
+
+
+def test_it_saves_every_n_steps_however_rarely_the_trainer_logs(trainer, tmp_path):
+    trainer.args.logging_steps = 500
+    store = CheckpointStore(tmp_path / "checkpoints", keep=9)
+    trainer.add_callback(CheckpointCallback(store, trainer, every=1))
+    trainer.train()
+    assert steps(store) == [1, 2, 3]  # the last step's is of no use
+
+
+class SavesItself(TrainerCallback):
+    """Saves at step 2, as a monitor does at a good point."""
+
+    def __init__(self, trainer: Any, store: CheckpointStore) -> None:
+        self.trainer, self.store = trainer, store
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.store.save(self.trainer, 2, ["good"])
+
+
+def test_a_step_that_another_has_saved_is_done(trainer, tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=9)
+    trainer.add_callback(SavesItself(trainer, store))
+    trainer.add_callback(CheckpointCallback(store, trainer, every=2))
+    trainer.train()
+    assert steps(store) == [2]  # and not 3 in its place
+    assert store.last().tags == {"good"}

@@ -12,7 +12,8 @@ from trl import SFTConfig, SFTTrainer
 
 from ballast.errors import BallastError, ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
-from ballast.pipeline.checkpoints.store import CheckpointError
+from ballast.pipeline.checkpoints.callback import CheckpointCallback
+from ballast.pipeline.checkpoints.store import CheckpointError, CheckpointStore
 from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.judges import Completion, Verdict
 from ballast.pipeline.evaluation.suites import SuitePrompt
@@ -179,6 +180,25 @@ def test_stop_ends_the_training_at_the_first_trip(trainer, tmp_path):
     run.train()
     assert (monitor.stopped, run.state.global_step) == (True, 1)
     assert [e["action"] for e in monitor.events if e["event"] == "monitor_trip"] == ["stop"]
+
+
+def test_a_stop_is_not_undone_by_a_kill_and_a_resume(trainer, tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    monitor = monitor_of(tmp_path, BASE, FALLEN, action="stop", every_n_steps=2, store=store)
+    run = trainer(steps=9)
+    monitor.watch(run)
+    run.add_callback(CheckpointCallback(store, run, every=1))
+    run.train()
+    assert (monitor.stopped, run.state.global_step) == (True, 2)
+    # Killed before its model was written, it goes on from step 1, and is stopped again.
+    last = store.last()
+    assert last.step == 1
+    again, resumed = monitor_of(tmp_path, FALLEN, action="stop", every_n_steps=2, store=store), trainer(steps=9)
+    again.watch(resumed)
+    resumed.add_callback(CheckpointCallback(store, resumed, every=1, resumed=last))
+    resumed.train(resume_from_checkpoint=str(last.path))
+    assert (again.stopped, resumed.state.global_step) == (True, 2)
+    assert same(trained(run), trained(resumed))
 
 
 def test_reduce_lr_goes_on_with_the_weights_it_has_and_needs_no_trainer(trainer, tmp_path):

@@ -13,7 +13,7 @@ class CheckpointCallback(TrainerCallback):
     """Saves a training and, where it goes on from a checkpoint, gives the other callbacks their states back.
 
     Add it to a trainer that is made, so that it is the last: what it saves then has what the others did at the step. It
-    saves when a step is logged, the last step of a training excepted.
+    saves when a step is logged, which it asks for where it is time, the last step of a training excepted.
 
     Args:
         store: where to.
@@ -62,6 +62,14 @@ class CheckpointCallback(TrainerCallback):
         if self.resumed is not None:
             resume_parts(self.trainer, self.resumed.path)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a log where it is time: the step is then done and counted."""
+        if self.every is None:
+            return
+        self._due = self._due or state.global_step % self.every == 0
+        if self._due and _at_border(args, state.global_step):
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -72,13 +80,10 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         """Save, where it is time."""
         step = state.global_step
-        # The last step's is of no use: the model itself is written next.
-        if self.every is None or "loss" not in (logs or {}) or step >= state.max_steps:
+        # At the last step the model itself is written next. One that a monitor stops would train on from a checkpoint of it.
+        if not self._due or control.should_training_stop or "loss" not in (logs or {}) or not _at_border(args, step):
             return
-        self._due = self._due or step % self.every == 0
-        if not self._due or not _at_border(args, step) or self.store.at(step) is not None:
-            return
-        if self.store.try_save(self.trainer, step) is not None:
+        if self.store.at(step) is not None or self.store.try_save(self.trainer, step) is not None:
             self._due = False
 
 
