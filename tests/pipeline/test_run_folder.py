@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ballast.errors import ConfigError, DataError
+from ballast.errors import BallastError, ConfigError, DataError
 from ballast.pipeline.run_folder import RunFolder, file_digests, write_text
 
 
@@ -95,6 +95,13 @@ def test_numbers_that_json_lacks_become_null(folder):
     line = (folder.path / "metrics.jsonl").read_text()
     (event,) = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))]
     assert (event["loss"], event["risk"], event["each"]) == (None, {"low": None, "n": 3}, [1.5, None])
+
+
+def test_metrics_on_a_full_disk_are_an_error_with_the_reason_and_the_remedy(folder):
+    folder.path.mkdir()
+    (folder.path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(BallastError, match=r"metrics\.jsonl' cannot be written \(No space left on device\); make room"):
+        folder.log({"event": "step"})
 
 
 def test_an_edited_data_file_is_named(folder, tmp_path):

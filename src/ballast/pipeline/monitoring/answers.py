@@ -14,6 +14,7 @@ from ballast.pipeline.evaluation.statistics import Estimate, clustered_share
 from ballast.pipeline.evaluation.suites import SuitePrompt
 from ballast.pipeline.generation import Generator
 from ballast.pipeline.monitoring.trip import Sample
+from ballast.pipeline.run_folder import writable
 from ballast.rewards.outage import stop_above_limit
 
 GeneratorOf = Callable[[Any], Generator]
@@ -71,12 +72,13 @@ class Measured:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [
             {**asdict(v), "prompt": c.prompt, "completion": c.text}
             for v, c in zip(self.verdicts, self.completions, strict=True)
         ]
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        with writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 class SuiteMeasure:

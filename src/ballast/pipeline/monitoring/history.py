@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ballast.pipeline.run_folder import write_text
+from ballast.pipeline.run_folder import writable, write_text
 
 _FILE = "events.json"
 
 
 def write_history(folder: Path, events: Sequence[Mapping[str, Any]]) -> None:
     """Write all events so far; the file is whole at every moment."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _FILE, json.dumps(list(events), ensure_ascii=False))
+    with writable(folder / _FILE):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _FILE, json.dumps(list(events), ensure_ascii=False))
 
 
 def history_lines(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ballast.pipeline.monitoring.answers import Measured
 from ballast.pipeline.monitoring.trip import Sample
+from ballast.pipeline.run_folder import writable
 
 
 class SeenRows:
@@ -79,5 +80,6 @@ def write_flipped(path: Path, baseline: Sample, now: Measured, threshold: float)
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
