@@ -27,6 +27,7 @@ STAGES = {
     "score": "Let the guard score that table, segment by segment.",
     "train": "GRPO with shaped advantages, or shaped SFT.",
     "evaluate": "Measure the tuned model as the start model was measured.",
+    "restore": "Try repairs of the tuned model, measure each, and keep the best within limits.",
     "report": "Write the run's tables and figures.",
 }
 
@@ -141,7 +142,9 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 
 for _name, _help in STAGES.items():
-    app.command(_name, help=_help, rich_help_panel="One stage alone")(_stage_command(_name))
+    if _name != "restore":
+        app.command(_name, help=_help, rich_help_panel="One stage alone")(_stage_command(_name))
+restore_cli.app.command(restore_cli.STAGE, help=STAGES["restore"])(_stage_command("restore"))
 
 
 @app.command("doctor")

@@ -27,6 +27,7 @@ from ballast.pipeline.config_inputs import (
 from ballast.pipeline.config_monitor import MonitorConfig
 from ballast.pipeline.config_probing import ProbingConfig
 from ballast.pipeline.config_regularization import RegularizationConfig, check_method
+from ballast.pipeline.config_restore import RestoreConfig
 from ballast.pipeline.config_rewards import GuardRefusal, RewardConfig
 from ballast.pipeline.config_safe_updates import SafeGradConfig
 from ballast.pipeline.config_safety_layers import FreezeConfig, LocalizeConfig
@@ -84,6 +85,7 @@ class RunConfig(Component):
     regularization: RegularizationConfig = RegularizationConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    restore: RestoreConfig = RestoreConfig()
 
     @model_validator(mode="after")
     def _judge_is_another_guard(self) -> Self:

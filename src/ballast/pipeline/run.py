@@ -66,6 +66,12 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(
         needs=("align", "train"), reads=(*_MEASURED, "align", "train", *_SAFE_UPDATES), data=("data.test",)
     ),
+    "restore": Stage(
+        needs=("align", "train", "evaluate"),
+        reads=(*_MEASURED, "align", "train", "restore", *_SAFE_UPDATES),
+        data=("data.test",),
+        in_run=False,
+    ),
     "report": Stage(needs=("baseline", "evaluate"), reads=("evaluate",), repeats=True),
 }
 
@@ -122,6 +128,10 @@ def stage_of(config: RunConfig, name: str) -> Stage:
         stage = replace(stage, reads=(*stage.reads, *_MONITORING), data=(*stage.data, *suite))
     if name == "localize":
         stage = replace(stage, in_run=bool(_localized(config)))
+    if name == "restore":
+        # The model that training started from is measured by `evaluate` where `align` is on, else by `baseline`.
+        needs = stage.needs if config.align.enabled else ("baseline", *stage.needs)
+        stage = replace(stage, needs=needs, in_run=config.restore.enabled)
     needs = stage.needs
     if config.train.method != "sft":
         return stage
@@ -134,7 +144,7 @@ def stage_of(config: RunConfig, name: str) -> Stage:
         case "train":
             data = ("sft.data", *(key for key in stage.data if key != "data.train"))
             return replace(stage, reads=(*stage.reads, "sft"), data=data, module="train_sft")
-        case "evaluate":
+        case "evaluate" | "restore":
             return replace(stage, reads=(*stage.reads, "sft"))
         case _:
             return stage

@@ -1,0 +1,76 @@
+"""The section `restore`: which repairs of the tuned model are tried, and what a repair may cost."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ballast.pipeline.config_base import Component, Names
+
+Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Strengths = Annotated[tuple[Strength, ...], Field(min_length=1)]
+_LAYERS = ("*.[0-9]*.*",)
+
+
+class LoxSweep(Component):
+    """LoX: the leading directions of (aligned - base), added to the tuned model."""
+
+    type: Literal["lox"] = "lox"
+    rank: PositiveInt = Field(6, description="singular directions of each matrix")
+    alpha: Strengths = Field((0.5, 1.0, 1.25), description="strengths to try")
+    modules: Names = Field(_LAYERS, description="patterns of tensor names; the default is the matrices of all layers")
+
+
+class SafeLoraSweep(Component):
+    """Safe LoRA: what the tuning changed, projected onto the alignment where it leads away from it."""
+
+    type: Literal["safe-lora"] = "safe-lora"
+    tau: Annotated[tuple[Annotated[float, Field(gt=-1, le=1)], ...], Field(min_length=1)] = Field(
+        (0.35,), description="cosines to try, below which a matrix is projected; 1 projects all"
+    )
+    modules: Names = Field(_LAYERS, description="patterns of tensor names; the default is the matrices of all layers")
+
+
+class RestaSweep(Component):
+    """RESTA, task arithmetic: (aligned - base), added to the tuned model."""
+
+    type: Literal["resta"] = "resta"
+    gamma: Strengths = Field((0.5, 1.0), description="strengths to try")
+    modules: Names = Field(("*",), description="patterns of tensor names; the default is every tensor")
+
+
+Sweep = Annotated[LoxSweep | SafeLoraSweep | RestaSweep, Field(discriminator="type")]
+
+
+class RestoreConfig(Component):
+    """Repairs of the tuned model that are tried and measured; the best within the limits is kept."""
+
+    enabled: bool = Field(False, description="whether `ballast run` does it after evaluate")
+    base: str | None = Field(
+        None, description="model from before the alignment; None is the run's start model, which needs align.enabled"
+    )
+    aligned: str | None = Field(None, description="the safe model; None is the one that training started from")
+    methods: tuple[Sweep, ...] = Field(
+        (LoxSweep(), SafeLoraSweep(), RestaSweep()), min_length=1, description="what is tried, each with its strengths"
+    )
+    keep_gain: float = Field(
+        0.9, ge=0, le=1, description="share of what training gained on each task reward that must be kept"
+    )
+    max_over_refusal: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="rise of the refusals on scary and on ordinary prompts that is allowed, over the tuned model",
+    )
+    max_incoherent: float = Field(
+        0.05, ge=0, le=1, description="fall of the share of coherent answers that is allowed, below the tuned model"
+    )
+    device: str = Field("cpu", description="where the weights are computed: cpu, cuda")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if self.base is None and self.aligned is not None:
+            raise ValueError(
+                "restore.aligned without restore.base: the alignment is the difference of the two, and the start model may be "
+                "neither; give the model from before the alignment as restore.base"
+            )
+        return self
