@@ -167,6 +167,12 @@ def test_greedy_completions_cannot_be_trained_on_and_can_be_measured(write):
     assert load_config(write(), ["evaluate.sampling.temperature=0"]).evaluate.sampling.temperature == 0
 
 
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+@pytest.mark.parametrize("key", ["safegrad.rho", "train.learning_rate", "rewards.star"])
+def test_a_number_that_is_not_finite_is_refused(write, key, value):
+    assert "finite number" in refused(write(), f"{key}={value}")
+
+
 def test_a_run_without_any_reward_is_refused(write):
     nothing = ("rewards={star: 0, refusal: 0, coherence: 0}", "shaping.drop.weight=0")
     assert "every advantage would be 0" in refused(write(), *nothing)

@@ -16,7 +16,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
 class Component(BaseModel):
     """Base of every part of a configuration: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LoraConfig(Component):
