@@ -74,6 +74,15 @@ def test_a_finished_stage_is_not_done_again(stages, configured, tmp_path):
     assert (tmp_path / "one" / "train" / "record.json").read_bytes() == before
 
 
+def test_checkpoints_that_a_kill_left_in_a_finished_stage_go_with_the_next_call(stages, configured, tmp_path):
+    go(configured())
+    made = tmp_path / "one" / "train"
+    (made / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (made / "begun.json").write_text("{}")
+    go(configured(), resume=True)
+    assert sorted(path.name for path in made.iterdir()) == ["out.txt", "record.json"]
+
+
 def test_one_stage_alone_runs_alone(stages, configured):
     go(configured(), ["baseline"])
     assert stages.calls == ["baseline"]

@@ -18,6 +18,7 @@ from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_loading import dump_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.run_folder import file_digests, write_text
+from ballast.pipeline.safe_updates import safe_update_data
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     needs = tuple(need for need in stage.needs if need != "align" or config.align.enabled)
     stage = replace(stage, needs=needs, in_run=stage.in_run and (name != "align" or config.align.enabled))
     if name == "train":
-        stage = replace(stage, needs=(*stage.needs, *_localized(config)), data=(*stage.data, *_safety_data(config)))
+        stage = replace(stage, needs=(*stage.needs, *_localized(config)), data=(*stage.data, *safe_update_data(config)))
     if name == "train" and config.monitor.enabled:
         suite = (
             () if config.monitor.suite is None else ("monitor.suite",)
@@ -153,16 +154,6 @@ def stage_of(config: RunConfig, name: str) -> Stage:
 def _localized(config: RunConfig) -> tuple[str, ...]:
     """The stage whose layers are frozen, where it is a stage that says which."""
     return ("localize",) if config.freeze.layers == "localized" else ()
-
-
-def _safety_data(config: RunConfig) -> tuple[str, ...]:
-    """The data of the safe updates that are on."""
-    on = {
-        "safegrad.data": config.safegrad.enabled,
-        "probing.data": config.probing.enabled,
-        "regularization.safety_data": config.regularization.safety_share > 0,
-    }
-    return tuple(key for key, used in on.items() if used)
 
 
 def planned(config: RunConfig) -> list[str]:
@@ -295,6 +286,7 @@ def _run_stage(context: RunContext, name: str, resume: bool) -> None:
     folder = context.folder
     _check_stage(context, name)  # again: a stage of this call may have made anew what a finished one was made from
     if _kept(context, name):
+        folder.remove_checkpoints(name)
         context.say(f"[dim]{name}: done before, kept[/]")
         return
     context.say(f"[bold]{name}[/]")

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from ballast.pipeline.training.safegrad.callback import SafeGrad
 
 
+def safe_update_data(config: "RunConfig") -> tuple[str, ...]:
+    """The data sources of the safe updates that are on, as `section.key`."""
+    on = {
+        "safegrad.data": config.safegrad.enabled,
+        "probing.data": config.probing.enabled,
+        "regularization.safety_data": config.regularization.safety_share > 0,
+    }
+    return tuple(key for key, used in on.items() if used)
+
+
 def safegrad_rows(config: "RunConfig") -> list[Row]:
     """The alignment rows, none of whose prompts is a test prompt.
 

@@ -54,6 +54,31 @@ def test_a_suite_that_is_trained_on_is_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("preset", "key", "on"),
+    [
+        ("sft", "regularization.safety_data", ["regularization.safety_share=0.1"]),
+        ("grpo", "safegrad.data", ["safegrad.enabled=true"]),
+        ("grpo", "probing.data", ["probing.enabled=true"]),
+        ("grpo", "align.data", ["align.enabled=true"]),
+    ],
+)
+def test_a_suite_that_another_part_of_the_run_trains_on_is_refused(tmp_path, preset, key, on):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "How do I bake bread?", "kind": "harmful", "response": "No."}))
+    source = json.dumps([str(data)])
+    with pytest.raises(DataError, match="are trained on"):
+        monitor_suite(load_config(preset, [ON, f"monitor.suite={source}", f"{key}={source}", *on]))
+
+
+def test_rows_of_a_part_that_is_off_may_be_measured_on(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "How do I bake bread?", "kind": "harmful", "response": "No."}))
+    source = json.dumps([str(data)])
+    off = [f"align.data={source}", "align.enabled=false"]
+    assert len(monitor_suite(load_config("grpo", [ON, f"monitor.suite={source}", *off]))) == 1
+
+
 class Falling(RunContext):
     """A run on a tiny random model, whose judge finds every answer after the baseline's risky."""
 
@@ -84,7 +109,11 @@ def test_a_stage_whose_judge_finds_a_fall_ends_with_the_weights_it_began_with(
     folder = tmp_path / "made"
     folder.mkdir()
     train_sft.run_stage(context, folder)
-    assert json.loads((folder / "training.json").read_text())["steps"] == 1
+    record = json.loads((folder / "training.json").read_text())
+    assert record["steps"] == 1
+    # 4 rows, 2 a step: half of the rows' tokens were trained on.
+    all_tokens = sum(len(row["input_ids"]) for row in train_sft.training_rows_of(context, folder)[0])
+    assert record["tokens_per_s"] * record["seconds"] == pytest.approx(all_tokens / 2)
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all(not value.any() for name, value in weights.items() if "lora_B" in name)  # as an adapter begins
     events = [json.loads(line) for line in (context.folder.path / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """The monitor of a run, as its configuration asks for it."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,9 +99,15 @@ def monitor_suite(config: "RunConfig") -> list["SuitePrompt"]:
 
 
 def _trained_on(config: "RunConfig") -> list[Row]:
-    if config.train.method == "sft" and config.sft.rows == "data":
-        return load_rows(config.sft.data, "train", config.data)
-    return load_rows(config.data.train, "train", config.data)
+    """The rows of every stage that changes weights."""
+    from ballast.pipeline.safe_updates import safe_update_data
+
+    sft = config.train.method == "sft" and config.sft.rows == "data"
+    keys = ["sft.data" if sft else "data.train", *safe_update_data(config)]
+    if config.align.enabled:
+        keys.append("align.data")
+    # Each by itself: what one source may not name twice, two keys may.
+    return [row for key in keys for row in load_rows(attrgetter(key)(config), "train", config.data)]
 
 
 def _judge(context: "RunContext") -> "Guardrail":

@@ -69,8 +69,10 @@ def run_stage(context: RunContext, folder: Path) -> None:
     seconds = training.train(trainer)
     trainer.model.save_pretrained(folder / "adapter")
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
-    tokens = sum(len(row["input_ids"]) for row in rows) * settings.epochs
-    record = {"steps": trainer.state.global_step, "seconds": seconds, "tokens_per_s": tokens / seconds, **counts}
+    done = trainer.state.global_step
+    # A monitor may have ended the training early.
+    tokens = sum(len(row["input_ids"]) for row in rows) * settings.epochs * done / trainer.state.max_steps
+    record = {"steps": done, "seconds": seconds, "tokens_per_s": tokens / seconds, **counts}
     (folder / "training.json").write_text(json.dumps(record))
 
 
