@@ -45,7 +45,7 @@ class MonitorConfig(Component):
     lr_factor: float = Field(0.5, gt=0, le=1, description="what a lowered learning rate is multiplied by")
     cooldown: NonNegativeInt = Field(1, description="evaluations after an action at which the hard floor alone trips")
     max_trips: NonNegativeInt = Field(
-        3, description="trips that are acted on so; one more ends the training at the last good point"
+        3, description="trips that are acted on so; one more ends the training at the safest good point"
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ballast.errors import BallastError, ConfigError, GuardError
+from ballast.errors import BallastError, ConfigError, DataError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.checkpoints.callback import CheckpointCallback
 from ballast.pipeline.checkpoints.store import CheckpointError, CheckpointStore
@@ -47,7 +47,9 @@ class Scripted:
         verdicts, completions = [], []
         for i, prompt in enumerate(SUITE):
             risk = 0.9 if i < risky else BASE if isinstance(said, str) else said
-            verdicts.append(Verdict(prompt.id, prompt.kind, 0, False, risk, risk >= 0.5, False, readable))
+            verdicts.append(
+                Verdict(prompt.id, prompt.kind, 0, False, risk, risk is not None and risk >= 0.5, False, readable)
+            )
             completions.append(Completion(prompt.id, prompt.prompt, prompt.kind, "answer"))
         return Measured(tuple(completions), tuple(verdicts), 0.0)
 
@@ -180,6 +182,23 @@ def test_stop_ends_the_training_at_the_first_trip(trainer, tmp_path):
     run.train()
     assert (monitor.stopped, run.state.global_step) == (True, 1)
     assert [e["action"] for e in monitor.events if e["event"] == "monitor_trip"] == ["stop"]
+
+
+def test_the_safest_good_point_is_the_best_and_is_what_too_many_trips_end_with(trainer, tmp_path):
+    # Good with risks .08, .05 and .09 at the steps 1 to 3, then fallen for good: back to 3, and one trip more ends it at 2.
+    monitor = monitor_of(tmp_path, BASE, 0.08, 0.05, 0.09, FALLEN, max_trips=1)
+    seen = {}
+
+    class Weights(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    run = trainer(steps=9, callbacks=[Weights()])
+    monitor.watch(run)
+    run.train()
+    assert [e["to_step"] for e in monitor.events if e["event"] == "monitor_rollback"] == [3, 2]
+    assert same(seen[2], trained(run))
+    assert monitor.store.best().step == 2
 
 
 def test_a_stop_is_not_undone_by_a_kill_and_a_resume(trainer, tmp_path):
@@ -334,8 +353,26 @@ def test_a_judge_that_does_not_answer_stops_the_training_instead_of_passing(trai
         run.train()
 
 
+def test_a_baseline_without_a_scored_harmful_answer_is_refused_before_training(trainer, tmp_path):
+    monitor = monitor_of(tmp_path, None)
+    run = trainer(steps=2)
+    monitor.watch(run)
+    with pytest.raises(DataError, match="no scored answer to a harmful prompt"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 @pytest.mark.parametrize(
-    "option", [{"action": "restart"}, {"lr_factor": 0.0}, {"cooldown": -1}, {"every_n_steps": 0}, {"max_trips": -1}]
+    "option",
+    [
+        {"action": "restart"},
+        {"lr_factor": 0.0},
+        {"cooldown": -1},
+        {"every_n_steps": 0},
+        {"max_trips": -1},
+        {"samples": 0},
+        {"samples": 5},
+    ],
 )
 def test_options_out_of_range_are_refused(tmp_path, option):
     with pytest.raises(ConfigError, match="SafetyMonitor"):

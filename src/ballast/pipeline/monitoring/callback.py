@@ -52,9 +52,9 @@ class SafetyMonitor(TrainerCallback):
         action: what a trip does.
         lr_factor: what the learning rate is multiplied by when it is lowered.
         cooldown: evaluations after an action at which the hard floor alone trips.
-        max_trips: trips after which one more stops the training at the last good point.
+        max_trips: trips after which one more stops the training at the good point with the highest safety.
         sampling: length and temperature of the answers.
-        samples: answers to each prompt at an evaluation.
+        samples: answers to each prompt at an evaluation, at most 4.
         reward_guard: the guardrail that rewards, to be sure that it is not the judge.
         allow_same_guard: measure with the guardrail that rewards all the same.
         generator_of: gives a generator that holds the weights of a model; None lets transformers generate.
@@ -72,6 +72,8 @@ class SafetyMonitor(TrainerCallback):
         ConfigError: a judge that rewards too, an option out of range, no harmful prompt; when training begins, an action that
             needs `watch`, or a resumed training that was not monitored.
         GuardError: in training, the judge left too much unscored.
+        DataError: when training begins, no answer to a harmful prompt was scored.
+        CheckpointError: in training, the good points of three steps in a row could not be written.
         BallastError: in training, there is no whole checkpoint to turn back to.
     """
 
@@ -99,7 +101,7 @@ class SafetyMonitor(TrainerCallback):
         on_event: Callable[[Event], None] | None = None,
         seed: int = 0,
     ) -> None:
-        check_options(action, every_n_steps, lr_factor, cooldown, max_trips)
+        check_options(action, every_n_steps, lr_factor, cooldown, max_trips, samples)
         check_judge(judge, reward_guard, allow_same_guard)
         if not any(prompt.kind == "harmful" for prompt in suite):
             raise ConfigError(
@@ -248,7 +250,7 @@ class SafetyMonitor(TrainerCallback):
         match decision.outcome:
             case "good":
                 if self._good is not None:
-                    self._good.keep()
+                    self._good.keep(decision.safety, self.events)
             case "trip" if below_floor or not cooling:
                 self._trip(decision, measured, state, control, optimizer, lr_scheduler)
             case "lower_lr" if not cooling:
@@ -288,7 +290,7 @@ class SafetyMonitor(TrainerCallback):
             self.stopped = control.should_training_stop = True
         back = self._good if stop or self.action == "rollback" else None
         if back is not None:
-            self._event("monitor_rollback", state, to_step=back.turn_back(leave=[self]))
+            self._event("monitor_rollback", state, to_step=back.turn_back([self], best=stop and self.action != "stop"))
         if not stop:
             self._lower_rate(state, optimizer, lr_scheduler)
             if back is not None and state.global_step < state.max_steps:

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from ballast.pipeline.monitoring.answers import Measured, SuiteMeasure
-from ballast.pipeline.monitoring.trip import Decision, Sample, TripRule, decide, pooled
+from ballast.pipeline.monitoring.trip import Decision, Sample, TripRule, decide, pooled, scored_prompts
 
 Baseline = Mapping[str, Sample]  # `risk` and `gibberish` before training
 
 
 def baseline_of(measured: Measured) -> dict[str, Sample]:
-    """What later evaluations are compared with."""
+    """What later evaluations are compared with.
+
+    Raises:
+        DataError: no answer to a harmful prompt was scored.
+    """
+    scored_prompts(measured.risk)
     return {"risk": measured.risk, "gibberish": measured.gibberish}
 
 

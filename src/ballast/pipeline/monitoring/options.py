@@ -4,6 +4,7 @@ from typing import Literal
 
 from ballast.errors import ConfigError
 from ballast.guardrails.types import Guardrail
+from ballast.pipeline.monitoring.trip import MOST_SAMPLES
 
 Action = Literal["rollback", "reduce_lr", "stop"]
 
@@ -23,7 +24,9 @@ def check_judge(judge: Guardrail, reward_guard: Guardrail | None, allowed: bool)
         )
 
 
-def check_options(action: str, every_n_steps: int, lr_factor: float, cooldown: int, max_trips: int) -> None:
+def check_options(
+    action: str, every_n_steps: int, lr_factor: float, cooldown: int, max_trips: int, samples: int
+) -> None:
     """There is such an action, and all numbers are in range.
 
     Raises:
@@ -37,6 +40,12 @@ def check_options(action: str, every_n_steps: int, lr_factor: float, cooldown: i
         ("every_n_steps", every_n_steps, 1),
         ("cooldown", cooldown, 0),
         ("max_trips", max_trips, 0),
+        ("samples", samples, 1),
     ):
         if value < least:
             raise ConfigError(f"SafetyMonitor({name}={value}): give {least} or more")
+    if samples > MOST_SAMPLES:
+        raise ConfigError(
+            f"SafetyMonitor(samples={samples}): the test can compare at most {MOST_SAMPLES} answers to each prompt; ask for fewer, and for "
+            "more prompts instead"
+        )
