@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ballast.pipeline.config import RunConfig
     from ballast.pipeline.localization.localize import localize_safety_layers
     from ballast.pipeline.monitoring.callback import SafetyMonitor
+    from ballast.pipeline.restoration.lox import lox
     from ballast.pipeline.run import run
     from ballast.pipeline.training.freezing import freeze_layers
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
@@ -38,6 +39,7 @@ __all__ = [
     "freeze_layers",
     "load_guardrail",
     "localize_safety_layers",
+    "lox",
     "run",
 ]
 
@@ -56,6 +58,7 @@ _HOMES = {
     "freeze_layers": "ballast.pipeline.training.freezing",
     "load_guardrail": "ballast.guardrails.registry",
     "localize_safety_layers": "ballast.pipeline.localization.localize",
+    "lox": "ballast.pipeline.restoration.lox",
     "run": "ballast.pipeline.run",
 }
 

@@ -70,6 +70,10 @@ def restore_lox(
     svd: Annotated[
         Literal["auto", "exact", "randomised"], typer.Option(help="auto is exact up to a side of 512.")
     ] = "auto",
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write a LoRA of this rank: exact for LoRA models from their rank plus --rank on."),
+    ] = None,
     modules: Modules = None,
     device: Device = "cpu",
     shard_gb: ShardGb = 5.0,
@@ -81,7 +85,8 @@ def restore_lox(
     from ballast.pipeline.restoration.methods import LAYERS
 
     method = Lox(rank, alpha, tuple(modules or LAYERS), svd)
-    _restore(method, base, aligned, tuned, out, device, shard_gb, {"tuned": tuned_over, "aligned": aligned_over})
+    over: dict[str, str | None] = {"tuned": tuned_over, "aligned": aligned_over}
+    _restore(method, base, aligned, tuned, out, device, shard_gb, over, lora_rank)
 
 
 @app.command("safe-lora")
@@ -174,22 +179,15 @@ def restore_nlsr(
     models = _open(base, aligned, tuned, device, {"tuned": tuned_over, "aligned": aligned_over})
 
     from ballast.pipeline.restoration.nlsr.calibration import read_calibration
-    from ballast.pipeline.restoration.nlsr.lora import restore_as_lora
     from ballast.pipeline.restoration.nlsr.realign import realignment
     from ballast.pipeline.restoration.output import check_output
-    from ballast.pipeline.restoration.restore import restore
 
     folder = Path(out).expanduser()
     check_output(folder, [weights.folder for weights in models.each()])  # before minutes of forwards
     rows = read_calibration(models.aligned, calibration or ["shipped:harmful"], system_prompt, max_rows)
     with _progress() as show:
         method = realignment(models, rows, settings, device, batch_size, on_module=show)
-    with _progress() as show:
-        if lora_rank is None:
-            restored = restore(method, models, folder, device, int(shard_gb * 1e9), show)
-        else:
-            restored = restore_as_lora(method, models, folder, lora_rank, device, show)
-    _show(restored)
+    _show(_write(method, models, folder, device, shard_gb, lora_rank))
 
 
 def _restore(
@@ -201,15 +199,22 @@ def _restore(
     device: str,
     shard_gb: float,
     over: dict[str, str | None],
+    lora_rank: int | None = None,
 ) -> None:
+    models = _open(base, aligned, tuned, device, over)
+    _show(_write(method, models, Path(out).expanduser(), device, shard_gb, lora_rank))
+
+
+def _write(
+    method: "Method", models: "Models", folder: Path, device: str, shard_gb: float, lora_rank: int | None
+) -> "Restored":
+    from ballast.pipeline.restoration.nlsr.lora import restore_as_lora
     from ballast.pipeline.restoration.restore import restore
 
-    models = _open(base, aligned, tuned, device, over)
     with _progress() as show:
-        restored = restore(
-            method, models, Path(out).expanduser(), device=device, shard_bytes=int(shard_gb * 1e9), on_tensor=show
-        )
-    _show(restored)
+        if lora_rank is None:
+            return restore(method, models, folder, device, int(shard_gb * 1e9), show)
+        return restore_as_lora(method, models, folder, lora_rank, device, show)
 
 
 def _open(base: str, aligned: str, tuned: str | None, device: str, over: dict[str, str | None]) -> "Models":

@@ -8,9 +8,11 @@ import torch
 from tests.pipeline.restoration.checkpoints import MATRICES, SHAPES, close, load, lora, low_rank
 
 from ballast.errors import ConfigError
+from ballast.pipeline.restoration.adapters import Adapter
 from ballast.pipeline.restoration.low_rank import truncate
 from ballast.pipeline.restoration.lox import Lox, lox
 from ballast.pipeline.restoration.models import open_models
+from ballast.pipeline.restoration.nlsr.lora import restore_as_lora
 from ballast.pipeline.restoration.restore import restore
 from ballast.pipeline.restoration.safe_lora import SafeLora, project
 from ballast.pipeline.restoration.task_arithmetic import Resta
@@ -140,6 +142,23 @@ def test_a_rank_above_that_of_the_lora_takes_all_of_it(three):
     for name in MATRICES:  # the aligned model is W + D, and D is added once more
         assert close(found[name], three.base_arrays[name] + 2 * deltas[name])
         assert restored.changed[name] == {"rank": 3.0, "energy": pytest.approx(1.0), "error": 0.0}
+
+
+@pytest.mark.parametrize(("tuned", "rank"), [(None, 3), ("t", 5)])
+def test_lox_of_loras_may_stay_a_lora_and_loses_nothing(three, tuned, rank):
+    # Hardened, the change stays in the alignment's own 3 directions; repaired, 3 of the tuning and 2 more.
+    aligned, _ = lora(three.folder / "a", three.base, seed=5)
+    lora(three.folder / "t", aligned, seed=6)
+    method = Lox(rank=2, alpha=0.8)
+    run(method, three, "full", aligned=aligned, tuned=tuned)
+    models = open_models(three.base, aligned, None if tuned is None else str(three.folder / tuned))
+    restored = restore_as_lora(method, models, three.folder / "thin", rank)
+    assert max(figures["lora_error"] for figures in restored.changed.values()) < 1e-5
+    over = models.base if tuned is None else models.aligned
+    again = Adapter(three.folder / "thin", "restored", over)
+    full = load(three.folder / "full")
+    for name in SHAPES:
+        assert close(again.tensor(name).numpy(), full[name])
 
 
 def test_resta_and_safe_lora_take_loras_over_base_and_aligned(three):
