@@ -1,8 +1,10 @@
 """The stage restore, end to end on small weights, a scripted generator and scripted guards."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from tests.pipeline.restoration.checkpoints import MATRICES, Three, close, load, low_rank
 from tests.pipeline.test_stages import ANSWERS, COMPLIES, PROMPTS, REFUSES, Scripted
 
@@ -102,3 +104,9 @@ def test_without_an_alignment_there_is_nothing_to_restore(context):
 def test_settings_without_a_meaning_are_refused(key):
     with pytest.raises(ConfigError, match="restore"):
         load_config("demo", [key])
+
+
+def test_the_configuration_in_the_guide_is_the_default_and_parses():
+    guide = Path(__file__).parents[2] / "docs" / "restoration.md"
+    written = yaml.safe_load(guide.read_text().split("```yaml\n")[1].split("```")[0])["restore"]
+    assert RestoreConfig(**written) == RestoreConfig(enabled=True)
