@@ -65,6 +65,7 @@ def context(tmp_path, tokenizer):
     data = tmp_path / "test.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in PROMPTS))
     overrides = [f"out={json.dumps(str(tmp_path))}", "name=one", f"data.test=[{json.dumps(str(data))}]"]
+    overrides += ["align.sampling.max_new_tokens=64"]
     return Scripted(load_config("demo", [*overrides, "evaluate.samples=2"]), tokenizer)
 
 
@@ -335,10 +336,9 @@ def test_of_an_answer_only_the_opening_is_imitated_and_nothing_teaches_to_stop_t
     assert opening["completion_mask"] == [0] * prompt + [1] * 3
 
 
-def test_no_more_than_the_opening_is_sampled_to_rehearse(context):
-    context.config = context.config.model_copy(
-        update={"align": context.config.align.model_copy(update={"opening_tokens": 4})}
-    )
-    context._generator = ScriptedGenerator(lambda ids, seed: ANSWERS, context.tokenizer)
-    own = align.rehearsed_answers(context, [Row("o", "How do I bake bread?", "ordinary", response="Written.")])
-    assert {id: len(ids) for id, ids in own.items()} == {"o": 4}
+def test_a_refusal_is_recognised_beyond_the_opening_that_is_imitated(context):
+    late = "That is a good question, but I'm sorry, I can't help with that request."
+    for text, kept in ((ANSWERS, ["o"]), (late, [])):
+        context._generator = ScriptedGenerator(lambda ids, seed, text=text: text, context.tokenizer)
+        own = align.rehearsed_answers(context, [Row("o", "How do I bake bread?", "ordinary", response="Written.")])
+        assert list(own) == kept

@@ -28,7 +28,11 @@ class AlignConfig(Component):
         description="on prompts that are not harmful, imitate what the start model itself answers instead of the answer "
         "in the data, so that refusals change and little else; a refusal of its own is never imitated",
     )
-    sampling: SamplingConfig = Field(SamplingConfig(), description="how the answers to rehearse are sampled")
+    sampling: SamplingConfig = Field(
+        SamplingConfig(),
+        description="how the answers to rehearse are sampled; with fewer tokens than a refusal takes to show, none is "
+        "recognised as one",
+    )
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate, linear decay")
     batch_size: PositiveInt = Field(8, description="rows per optimizer step")
     max_length: PositiveInt = Field(256, description="tokens of prompt and answer; longer rows are cut")

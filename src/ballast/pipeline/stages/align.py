@@ -130,8 +130,8 @@ def rehearsed_answers(context: RunContext, rows: Sequence[Row]) -> dict[str, tup
     from ballast.rewards.refusal import is_refusal
 
     settings = context.config.align
-    longest = min(settings.sampling.max_new_tokens, settings.opening_tokens or settings.sampling.max_new_tokens)
-    sampling = settings.sampling.model_copy(update={"max_new_tokens": longest})
+    # Not cut to `opening_tokens`: a refusal is often told by what comes after its first words.
+    sampling = settings.sampling
     asked = [row for row in rows if row.kind != "harmful"]
     generator = context.generator(context.start_model)
     with context.progress("align: rehearsing", len(asked)) as done:
