@@ -6,12 +6,26 @@ from types import SimpleNamespace
 import pytest
 
 from ballast.errors import ModelError
-from ballast.pipeline.model_record import check_record, write_record
+from ballast.pipeline.model_record import check_record, write_contract, write_record
 from ballast.pipeline.stages import evaluate
+from ballast.pipeline.template_contract import TemplateContract
 
 
-def prompt_format(system_prompt=None, fingerprint="abc"):
-    return SimpleNamespace(system_prompt=system_prompt, fingerprint=lambda: fingerprint)
+def prompt_format(system_prompt=None, template="abc"):
+    """A prompt format that is nothing but its contract."""
+    contract = TemplateContract(
+        chat_template=template,
+        special_tokens={"<end>": 2},
+        stop_tokens={"<end>": 2},
+        generation_prompt="",
+        default_system_prompt=None,
+        system_prompt=system_prompt,
+        probes={},
+        policy="consistent",
+        serving_system_prompt=system_prompt,
+        serving_probes={},
+    )
+    return SimpleNamespace(contract=lambda: contract, decode=str)
 
 
 @pytest.fixture
@@ -25,7 +39,7 @@ def folder(tmp_path):
 def test_a_folder_that_matches_its_record_passes_and_one_without_is_taken_as_it_is(folder, tmp_path):
     check_record(folder, prompt_format())
     (folder / "prompt_format.json").unlink()
-    check_record(folder, prompt_format("other", "other"))
+    check_record(folder, prompt_format("other", "abd"))
 
 
 def test_changed_added_and_missing_weights_are_named(folder):
@@ -38,12 +52,23 @@ def test_changed_added_and_missing_weights_are_named(folder):
         check_record(folder, prompt_format())
 
 
-def test_another_prompt_format_is_refused_without_showing_the_system_prompt(folder):
-    with pytest.raises(ModelError, match=r"another prompt format .*its system prompt is another") as caught:
-        check_record(folder, prompt_format("private", "def"))
-    assert "private" not in str(caught.value)
-    with pytest.raises(ModelError, match=r"than this run's \(fingerprint abc"):
-        check_record(folder, prompt_format(None, "def"))
+def test_another_prompt_format_is_refused_with_its_difference_and_remedy(folder):
+    with pytest.raises(
+        ModelError, match=r"system_prompt: none in the contract, 'kind' here.*\n.*Put prompting\.system_prompt"
+    ):
+        check_record(folder, prompt_format("kind"))
+    with pytest.raises(
+        ModelError, match=r"chat_template differs at character 3 .*: U\+0063 in the contract, U\+0064 here"
+    ):
+        check_record(folder, prompt_format(None, "abd"))
+
+
+def test_a_folder_without_weights_has_its_contract_alone(tmp_path):
+    write_contract(tmp_path, prompt_format())
+    (tmp_path / "adapter.safetensors").write_bytes(b"written later")
+    check_record(tmp_path, prompt_format())
+    with pytest.raises(ModelError, match="chat_template differs"):
+        check_record(tmp_path, prompt_format(None, "abd"))
 
 
 @pytest.mark.parametrize("content", ["{no json", "[]", json.dumps({"fingerprint": "abc", "system_prompt": None})])

@@ -10,13 +10,20 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ballast.errors import ConfigError, DataError, EngineError
+from ballast.errors import ConfigError, DataError, EngineError, ModelError
 from ballast.pipeline import cli
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.run import STAGES, run
+from ballast.pipeline.template_contract import TemplateContract
 
 ORDER = [name for name, stage in STAGES.items() if stage.in_run]
+
+
+def prompt_format(template="template"):
+    """Stands in for a tokenizer's prompt format: its contract alone."""
+    contract = TemplateContract(template, {}, {}, "", None, None, {}, "consistent", None, {})
+    return types.SimpleNamespace(contract=lambda: contract, decode=str)
 
 
 class Stages:
@@ -52,6 +59,30 @@ def configured(tmp_path):
     return build
 
 
+@pytest.fixture(autouse=True)
+def formats(monkeypatch):
+    monkeypatch.setattr(RunContext, "prompt_format", prompt_format())
+
+
+def test_a_stage_does_not_follow_one_of_another_template(stages, configured, monkeypatch):
+    go(configured(), ["align"])
+    monkeypatch.setattr(RunContext, "prompt_format", prompt_format("templete"))
+    with pytest.raises(ModelError, match=r"(?s)align' was made under another prompt format.*U\+0061 .*U\+0065 here"):
+        go(configured(), ["train"])
+    assert stages.calls == ["align"]
+
+
+def test_a_training_does_not_go_on_under_another_template(stages, configured, monkeypatch, tmp_path):
+    stages.fails["align"] = EngineError("killed")
+    with pytest.raises(EngineError):
+        go(configured(), ["align"])
+    (tmp_path / "one" / "align.partial" / "checkpoints").mkdir()
+    monkeypatch.setattr(RunContext, "prompt_format", prompt_format("templete"))
+    with pytest.raises(ModelError, match=r"align\.partial' was made under another prompt format"):
+        go(configured(), ["align"], resume=True)
+    assert stages.calls == ["align"]
+
+
 def go(config, stages=None, resume=False):
     """A run whose terminal is kept; gives what was shown."""
     context = RunContext(config, Console(file=io.StringIO(), width=200))
@@ -80,7 +111,7 @@ def test_checkpoints_that_a_kill_left_in_a_finished_stage_go_with_the_next_call(
     (made / "checkpoints" / "step-00000002").mkdir(parents=True)
     (made / "begun.json").write_text("{}")
     go(configured(), resume=True)
-    assert sorted(path.name for path in made.iterdir()) == ["out.txt", "record.json"]
+    assert sorted(path.name for path in made.iterdir()) == ["out.txt", "prompt_format.json", "record.json"]
 
 
 def test_one_stage_alone_runs_alone(stages, configured):

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from ballast.errors import DataError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
+from ballast.pipeline.config_inputs import PromptingConfig
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.data import Row
@@ -239,7 +239,7 @@ def test_a_prompt_that_cannot_be_answered_stops_a_measurement_before_the_first_a
 
 
 def test_the_guard_reads_the_conversation_that_the_policy_read(context, tmp_path):
-    context.config = context.config.model_copy(update={"prompting": SimpleNamespace(system_prompt="Be kind.")})
+    context.config = context.config.model_copy(update={"prompting": PromptingConfig(system_prompt="Be kind.")})
     seen = []
     context.guard = ScriptedGuardrail(lambda exchange, prefix: seen.append(exchange.messages) or 0.1)
     measure_model(context, "start", tmp_path, "start")

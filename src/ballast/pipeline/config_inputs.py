@@ -1,11 +1,13 @@
 """What a run starts from, in its configuration: the model, the prompts, and how text is sampled."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from ballast.pipeline.config_base import Component, Names
 from ballast.pipeline.evaluation.suites import Kind
+from ballast.pipeline.prompting import check_policy
+from ballast.pipeline.template_contract import Policy
 
 
 class ModelConfig(Component):
@@ -17,11 +19,24 @@ class ModelConfig(Component):
 
 
 class PromptingConfig(Component):
-    """The prompt that surrounds every request, the same in training, evaluation and serving."""
+    """The prompt that surrounds every request: docs/template-contract.md."""
 
     system_prompt: str | None = Field(
-        None, description="system message of every conversation; None leaves it to the chat template's own default"
+        None,
+        description="system message of every conversation in training; None leaves it to the chat template's own default",
     )
+    policy: Policy = Field(
+        "consistent",
+        description="consistent measures and serves with system_prompt; ptst with serving_system_prompt, without which it trains",
+    )
+    serving_system_prompt: str | None = Field(
+        None, description="system message of measured and served conversations where policy is ptst"
+    )
+
+    @model_validator(mode="after")
+    def _prompts_fit_the_policy(self) -> Self:
+        check_policy(self.policy, self.system_prompt, self.serving_system_prompt)
+        return self
 
 
 class DataConfig(Component):

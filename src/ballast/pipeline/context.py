@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ballast.errors import ConfigError, DataError, ModelError
@@ -70,8 +71,21 @@ class RunContext:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        """The prompt format of this run."""
-        return PromptFormat(self.tokenizer, self.config.prompting.system_prompt)
+        """The prompt format of this run's training."""
+        options = self.config.prompting
+        made = PromptFormat(self.tokenizer, options.system_prompt, options.policy, options.serving_system_prompt)
+        default = made.contract().default_system_prompt
+        if options.system_prompt is None and default is not None:
+            self.say(
+                f"[dim]the chat template adds a system prompt of its own: {escape(repr(default))}; "
+                "prompting.system_prompt makes it explicit, or replaces it[/]"
+            )
+        return made
+
+    @cached_property
+    def serving_format(self) -> PromptFormat:
+        """The prompt format in which models are measured, as they will be served."""
+        return self.prompt_format.serving()
 
     @cached_property
     def guard(self) -> Guardrail:
@@ -91,15 +105,23 @@ class RunContext:
         with self.console.status("starting vLLM"):
             return VLLMEngine(self.start_model, options, self.config.model.dtype, self.config.seed)
 
-    def encode_prompts(self, rows: Sequence[Row | SuitePrompt], sampling: SamplingConfig) -> list[list[int]]:
+    def encode_prompts(
+        self, rows: Sequence[Row | SuitePrompt], sampling: SamplingConfig, serving: bool = False
+    ) -> list[list[int]]:
         """Token ids of requests, all of them checked before the first is answered.
+
+        Args:
+            rows: the requests.
+            sampling: how long their answers may be.
+            serving: in the format of serving instead of that of training.
 
         Raises:
             DataError: a request that does not fit vLLM together with its answer, or whose text cannot be told
                 apart from the template's special tokens; the message names its row.
         """
         options = self.config.generation
-        encoded = [self.prompt_format.encode_request(row.id, row.prompt) for row in rows]
+        prompt_format = self.serving_format if serving else self.prompt_format
+        encoded = [prompt_format.encode_request(row.id, row.prompt) for row in rows]
         if isinstance(options, TransformersGeneration):
             return encoded
         long = [(len(ids), row.id) for row, ids in zip(rows, encoded, strict=True)]

@@ -17,6 +17,7 @@ from ballast.guardrails.registry import licence_of
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_loading import dump_config
 from ballast.pipeline.context import RunContext
+from ballast.pipeline.model_record import hold_contract
 from ballast.pipeline.run_folder import file_digests, write_text
 from ballast.pipeline.safe_updates import safe_update_data
 
@@ -46,6 +47,7 @@ _POLICY = ("seed", "model", "prompting", "data")
 _MEASURED = (*_POLICY, "generation", "guard", "judge", "segments", "shaping", "rewards", "evaluate")
 _SAFE_UPDATES = ("safegrad", "freeze", "probing", "regularization")
 _MONITORING = ("monitor", "judge", "evaluate")  # what a monitored training depends on besides
+_MEASURING = ("baseline", "evaluate", "restore")  # answers are measured in the format of serving
 _TRAINING = ("data.train", "data.test")  # the test prompts too: none may be trained on
 
 # In the order in which they run. Each is the module of that name in `stages/`; SFT takes `train_sft` for `train`.
@@ -164,6 +166,9 @@ def planned(config: RunConfig) -> list[str]:
 def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """The part of a configuration that a stage's result depends on."""
     everything: dict[str, Any] = json.loads(config.model_dump_json())
+    if name not in _MEASURING and not (name == "train" and config.monitor.enabled):
+        # What is served may be chosen when the training is done.
+        everything["prompting"] = {"system_prompt": config.prompting.system_prompt}
     return {key: everything[key] for key in stage_of(config, name).reads}
 
 
@@ -293,6 +298,9 @@ def _run_stage(context: RunContext, name: str, resume: bool) -> None:
     module = importlib.import_module(f"ballast.pipeline.stages.{stage_of(context.config, name).module or name}")
     settings, inputs = stage_settings(context.config, name), stage_inputs(context, name)
     with folder.writing(name, settings, inputs, resume) as scratch:
+        if "prompting" in settings:
+            needs = stage_of(context.config, name).needs
+            hold_contract(scratch, [folder.stage(need) for need in needs], context.prompt_format)
         module.run_stage(context, scratch)
     seconds = folder.record(name)["seconds"]
     context.say(f"[dim]{name}: {seconds:.0f} s[/]")

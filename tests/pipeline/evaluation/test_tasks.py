@@ -40,7 +40,7 @@ def measured(tmp_path: Path, *terms: dict[str, Any], rows: list[dict[str, Any]] 
     data.write_text("\n".join(map(json.dumps, rows)))
     config = load_config("demo", [f"data.test=[{data}]", f"rewards.task={json.dumps(terms)}"])
     form = SimpleNamespace(messages=lambda prompt: [{"role": "user", "content": prompt}])
-    context: Any = SimpleNamespace(config=config, tokenizer=Words(), prompt_format=form)
+    context: Any = SimpleNamespace(config=config, tokenizer=Words(), serving_format=form)
     answers = [
         Completion(f"held-{i}", row["prompt"], row["kind"], text)
         for i, (row, text) in enumerate(zip(rows, TEXTS, strict=True))

@@ -73,7 +73,7 @@ def test_a_lora_is_written_where_a_rank_is_given(models: Path) -> None:
 def test_another_prompt_format_than_the_aligned_models_is_refused(models: Path) -> None:
     result = invoke(models)
     assert result.exit_code == 2
-    assert "was trained under another prompt format" in result.stderr
+    assert "was made under another prompt format" in result.stderr
     assert not (models / "out").exists()
 
 

@@ -48,7 +48,7 @@ def test_a_merged_folder_records_its_weights_and_format(tiny_model: Any, tokeniz
     save_merged(adapted(tiny_model), tokenizer, prompt_format, tmp_path)
     assert json.loads((tmp_path / "prompt_format.json").read_text()) == {
         "fingerprint": prompt_format.fingerprint(),
-        "system_prompt": "Be kind.",
+        "contract": prompt_format.contract().to_json(),
         "weights_sha256": {"model.safetensors": file_sha256(tmp_path / "model.safetensors")},
     }
     check_record(tmp_path, prompt_format)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ballast.pipeline.checkpoints.store import CheckpointError, CheckpointStore
+from ballast.pipeline.model_record import check_record, write_contract
 from ballast.pipeline.run_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ResumableTraining:
-    """The checkpoints of a stage that trains.
+    """The checkpoints of a stage that trains, each with the template contract of its training.
 
     Attributes:
         store: its checkpoints; a monitor keeps those that it calls good in the same place.
@@ -22,12 +23,22 @@ class ResumableTraining:
     Args:
         context: the run; `train.checkpoint_every` says how often to save.
         folder: the stage's scratch folder, with what a killed process has left.
+
+    Raises:
+        ModelError: the checkpoint to go on from was made under another prompt format.
     """
 
     def __init__(self, context: "RunContext", folder: Path) -> None:
         self.context = context
-        self.store = CheckpointStore(folder / CHECKPOINTS, warn=self._warn, failed=self._failed)
+        self.store = CheckpointStore(
+            folder / CHECKPOINTS,
+            warn=self._warn,
+            failed=self._failed,
+            also=lambda scratch: write_contract(scratch, context.prompt_format),
+        )
         self.resumed = self.store.last()
+        if self.resumed is not None:
+            check_record(self.resumed.path, context.prompt_format)
         self.step = 0 if self.resumed is None else self.resumed.step
 
     def train(self, trainer: Any) -> float:

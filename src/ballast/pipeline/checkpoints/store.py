@@ -55,6 +55,7 @@ class CheckpointStore:
         keep: how many of the last ones; one more than 1, so that one is left when the last is damaged.
         warn: is told, once each, which checkpoints are damaged and passed over; None logs it.
         failed: is told by `try_save` of a checkpoint that could not be written; None lets `warn` say so.
+        also: writes what else belongs into a checkpoint's folder.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class CheckpointStore:
         keep: int = 2,
         warn: Callable[[str], None] | None = None,
         failed: Callable[[CheckpointError], None] | None = None,
+        also: Callable[[Path], None] | None = None,
     ) -> None:
         self.folder = folder
         self.keep = keep
+        self._also = also
         self._warn = warn or logger.warning
         self._warned: set[Path] = set()
         self._tell = failed or (lambda error: self._warn(str(error)))
@@ -90,6 +93,8 @@ class CheckpointStore:
         with _clear_errors(step, path):
             with whole_folder(path) as scratch:
                 write_training(trainer, scratch)
+                if self._also is not None:
+                    self._also(scratch)
             self._remove_spare()
         return self.tag(step, *tags) if tags else Checkpoint(step, path, frozenset())
 

@@ -42,7 +42,7 @@ def measure_model(
     """
     config, tasks = context.config, TaskMeasure(context)
     suite, samples = held_out_suite(config.data), range(config.evaluate.samples)
-    encoded = context.encode_prompts(suite.prompts, config.evaluate.sampling)
+    encoded = context.encode_prompts(suite.prompts, config.evaluate.sampling, serving=True)
     prompts = [prompt for prompt in suite.prompts for _ in samples]
     ids = [of_prompt for of_prompt in encoded for _ in samples]
     generator = context.generator(model)
@@ -110,8 +110,8 @@ def _rewards(
 
     config, ids = context.config, [answer.ids for answer in answers]
     scored = GuardReward(context.guard, context.tokenizer, config.segments, config.shaping.clean_trace).score(
-        # The conversation as training shows it to the guard, system message included.
-        [context.prompt_format.messages(c.prompt) for c in completions],
+        # The conversation as it was, system message included.
+        [context.serving_format.messages(c.prompt) for c in completions],
         ids,
     )
     star = [None if value != value else value for value in scored.lowest_star_N.tolist()]

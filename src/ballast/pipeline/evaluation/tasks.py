@@ -34,7 +34,7 @@ class TaskMeasure:
         config = context.config
         self._terms = [_lenient(term) for term in config.rewards.task]
         self._rewards = task_rewards(self._terms, context.tokenizer)
-        self._messages = context.prompt_format.messages
+        self._messages = context.serving_format.messages
         uses = columns_read(self._terms)
         self._names = sorted({use.name for use in uses})
         rows = load_rows(config.data.test, "test", config.data, columns=self._names) if uses else []

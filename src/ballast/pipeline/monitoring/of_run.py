@@ -48,7 +48,7 @@ def monitored(context: "RunContext", trainer: Any, folder: Path, store: "Checkpo
         )
     measure = SuiteMeasure(
         suite,
-        context.encode_prompts(suite, config.evaluate.sampling),
+        context.encode_prompts(suite, config.evaluate.sampling, serving=True),
         judge,
         lambda model: _generator(context, model),
         config.evaluate.sampling,
