@@ -86,7 +86,7 @@ class ServeConfig(Component):
     )
     unguarded: bool = Field(False, description="allow to serve without any guardrail")
     guarding: ServeGuard = ServeGuard()
-    system_prompt: Literal["enforce", "merge", "client"] = Field(
+    system_prompt_policy: Literal["enforce", "merge", "client"] = Field(
         "enforce",
         description="a client's own system message is refused (enforce); stands after the contract's (merge); or replaces it (client)",
     )

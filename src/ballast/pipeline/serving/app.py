@@ -42,7 +42,7 @@ def create_app(
         settings: the section `serve`.
         upstream_url: the model server's address, with or without /v1.
         guard: who judges answers; None needs `settings.unguarded`.
-        system_prompt: the contract's system prompt, applied as `settings.system_prompt` says.
+        system_prompt: the contract's system prompt, applied as `settings.system_prompt_policy` says.
         special_tokens: texts of the tokenizer's special tokens; a request whose text holds one is refused, since
             the model server would read it as part of the chat format.
         models: names that may be asked for and are listed; None takes all that the model server serves.

@@ -256,18 +256,17 @@ class Understanding:
         rest = messages if own is None else messages[1:]
         if not rest:
             raise _bad("messages", "no_request", "there is a system message only; add a user message")
-        policy = self._settings.system_prompt
+        policy = self._settings.system_prompt_policy
         if own is not None and policy == "enforce":
             raise _bad(
                 "messages",
                 "system_message",
                 "this server sets the system message itself; send the conversation without one",
             )
+        system = own if own is not None else self._system_prompt
         if policy == "merge":
-            system = "\n\n".join(text for text in (self._system_prompt, own) if text)
-        else:
-            system = own if own is not None else self._system_prompt
-        return rest if system is None or system == "" else [Message(role="system", content=system), *rest]
+            system = "\n\n".join(text for text in (self._system_prompt, own) if text) or None
+        return rest if system is None else [Message(role="system", content=system), *rest]
 
 
 def _parse(kind: type[Body], body: bytes) -> Body:
