@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import ballast
 from ballast.errors import BallastError, ConfigError
-from ballast.pipeline import guard_cli, restore_cli
+from ballast.pipeline import guard_cli, restore_cli, serve_cli
 
 # The stages of `ballast.pipeline.run`, whose import help does not wait for, with the line that it shows.
 STAGES = {
@@ -145,6 +145,9 @@ for _name, _help in STAGES.items():
     if _name != "restore":
         app.command(_name, help=_help, rich_help_panel="One stage alone")(_stage_command(_name))
 restore_cli.app.command(restore_cli.STAGE, help=STAGES["restore"])(_stage_command("restore"))
+
+
+app.command("serve")(serve_cli.serve)
 
 
 @app.command("doctor")

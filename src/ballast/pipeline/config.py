@@ -31,6 +31,7 @@ from ballast.pipeline.config_restore import RestoreConfig
 from ballast.pipeline.config_rewards import GuardRefusal, RewardConfig
 from ballast.pipeline.config_safe_updates import SafeGradConfig
 from ballast.pipeline.config_safety_layers import FreezeConfig, LocalizeConfig
+from ballast.pipeline.config_serve import ServeConfig
 from ballast.pipeline.config_sft import SFTConfig
 from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig
 from ballast.pipeline.config_train import TrainConfig
@@ -86,6 +87,7 @@ class RunConfig(Component):
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     restore: RestoreConfig = RestoreConfig()
+    serve: ServeConfig = Field(ServeConfig(), description="the gateway of `ballast serve`; no stage reads it")
 
     @model_validator(mode="after")
     def _judge_is_another_guard(self) -> Self:

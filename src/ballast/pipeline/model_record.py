@@ -70,6 +70,17 @@ def check_record(folder: Path, prompt_format: PromptFormat, serving: bool = Fals
     record = _read(path)
     if record.weights_sha256 is not None:
         _check_weights(folder, record.weights_sha256)
+    _check_contract(folder, record, prompt_format, serving)
+
+
+def check_contract(folder: Path, prompt_format: PromptFormat, serving: bool = False) -> None:
+    """As `check_record`, without the weights, whose hashing takes time."""
+    path = folder / RECORD
+    if path.is_file():
+        _check_contract(folder, _read(path), prompt_format, serving)
+
+
+def _check_contract(folder: Path, record: _Record, prompt_format: PromptFormat, serving: bool) -> None:
     found = prompt_format.contract()
     told = differences(record.contract, found, prompt_format.decode, serving)
     if not told and record.fingerprint != record.contract.fingerprint():
