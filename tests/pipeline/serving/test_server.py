@@ -113,7 +113,7 @@ def raw_request(stage):
 
 
 def test_a_client_that_never_reads_is_given_up_and_so_is_its_generation():
-    upstream = Upstream(["word " * 2000] * 500)
+    upstream = Upstream(["word " * 20_000] * 500)  # 50 MB, more than the buffers of the sockets take
     limits = {"stall_timeout_s": 0.5, "answer_chars": 10**8}
     with staged(None, upstream, unguarded=True, limits=limits) as stage, raw_request(stage):
         stage.until(lambda: upstream.open == 1)
