@@ -183,7 +183,7 @@ def staged(guard: Any, upstream: Upstream | None = None, **settings: Any) -> Ite
         upstream.url = f"http://127.0.0.1:{model.sockets[0].getsockname()[1]}"
         app = create_app(config, own.pop("upstream_url", upstream.url), guard, api_keys=[KEY], **own)
         sock = listen("127.0.0.1", 0, config.limits.stall_timeout_s)
-        shared.update(app=app, server=server(app, ready.set), port=sock.getsockname()[1])
+        shared.update(app=app, server=server(app, ready.set, warm_up=False), port=sock.getsockname()[1])
         try:
             await shared["server"].serve(sockets=[sock])
         finally:

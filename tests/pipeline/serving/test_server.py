@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -9,16 +10,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 from tests.pipeline.serving.scripted_upstream import KEY, Die, Upstream, Wait, events, finish_of, staged, text_of
 
-from ballast.errors import ConfigError
+from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
-from ballast.pipeline.config_serve import ServeGuard
-from ballast.pipeline.serving.server import listen
+from ballast.pipeline.config_serve import ServeConfig, ServeGuard
+from ballast.pipeline.serving.app import create_app
+from ballast.pipeline.serving.server import listen, server
 
 CALM = ScriptedGuardrail(lambda exchange, prefix: 0.1)
 WORDS = {"segments": {"unit": "words", "size": 2}}
@@ -98,7 +101,7 @@ def test_more_answers_at_once_than_allowed_are_refused_and_the_places_come_back(
         for thread in threads:
             thread.join()
         upstream.script = ["a"]
-        assert stage.ask().status_code == 200
+        assert [stage.ask().status_code for _ in range(5)] == [200] * 5
 
 
 def raw_request(stage):
@@ -202,7 +205,7 @@ import sys, time
 from ballast.guardrails.types import RiskTrace
 from ballast.pipeline.config_serve import ServeConfig
 from ballast.pipeline.serving.app import create_app
-from ballast.pipeline.serving.server import listen, serve
+from ballast.pipeline.serving.server import listen, server, serve
 
 class Hangs:
     name = "hangs"
@@ -212,7 +215,7 @@ class Hangs:
 settings = ServeConfig(shutdown_s=0.2, guarding={"timeout_s": 0.3})
 sock = listen("127.0.0.1", 0, 5)
 app = create_app(settings, sys.argv[1], Hangs(), api_keys=["test-key"])
-serve(app, sock, ready=lambda: print(sock.getsockname()[1], flush=True))
+serve(app, sock, ready=lambda: print(sock.getsockname()[1], flush=True), warm_up="warm" in sys.argv)
 """
 
 
@@ -233,6 +236,40 @@ def test_a_signal_ends_the_process_even_while_its_guard_hangs():
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+def test_a_signal_ends_the_process_while_its_guard_still_loads():
+    command = [sys.executable, "-c", GATEWAY, "http://127.0.0.1:9", "warm"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=10)
+        assert (out, errors) == ("", "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [(lambda e, p: None, "'scripted' does not judge a short plain text (unscored)"), (lambda e, p: 0.0, None)],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_guard_that_cannot_judge_is_told_before_a_client_comes(script, says, stream):
+    guard = ScriptedGuardrail(script)
+    if not stream:
+        guard = SimpleNamespace(name="scripted", assess=guard.assess)
+    app = create_app(ServeConfig(), "http://127.0.0.1:9", guard, api_keys=[KEY])
+
+    running = server(app, ready=lambda: setattr(running, "should_exit", True))
+    with listen("127.0.0.1", 0, 5) as sock:
+        if says is None:
+            running.run(sockets=[sock])
+        else:
+            with pytest.raises(GuardError, match=re.escape(says)):
+                running.run(sockets=[sock])
 
 
 def test_nothing_is_left_of_a_gateway_that_ended():

@@ -36,7 +36,7 @@ class Delivery(Response):
         self._gateway, self._ask, self._id, self._client = gateway, ask, request_id, client
         self._shape = Shape(ask, request_id)
         self._begin = time.perf_counter()
-        self._started = False
+        self._started = self._counted = False
         self._chars = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,11 +46,13 @@ class Delivery(Response):
         except Problem as problem:
             await problem.response()(scope, receive, send)
             return
+        self._counted = True
         end = "error"
         try:
             end = await self._while_wanted(receive, self._deliver(scope, receive, send))
         except Problem as problem:
             end = problem.code
+            self._leave()
             await self._tell(scope, receive, send, problem)
         except ClientGone:
             end = "client_gone"
@@ -59,7 +61,8 @@ class Delivery(Response):
             raise
         finally:
             seconds = time.perf_counter() - self._begin
-            self._gateway.finish(self._ask, self._id, self._client, end, self._chars, seconds)
+            self._leave()
+            self._gateway.record(self._ask, self._id, self._client, end, self._chars, seconds)
 
     async def _deliver(self, scope: Scope, receive: Receive, send: Send) -> str:
         """Send the whole answer; the reason of its end."""
@@ -67,6 +70,7 @@ class Delivery(Response):
         async with aclosing(self._gateway.releaser.release(self._ask, self._id)) as released:
             async for what in released:
                 if isinstance(what, Ended):
+                    self._leave()
                     await (
                         self._last(send, what) if self._ask.stream else self._whole(scope, receive, send, kept, what)
                     )
@@ -79,6 +83,12 @@ class Delivery(Response):
                     kept.append(what.text)
                 self._chars += len(what.text)
         raise AssertionError("an answer without an end")  # release() ends with Ended, or raises
+
+    def _leave(self) -> None:
+        """Give the place back, before the client hears of the end and may ask again."""
+        if self._counted:
+            self._counted = False
+            self._gateway.leave()
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send, kept: list[str], end: Ended) -> None:
         # Of a blocked answer nothing has left yet, so nothing of it has to.

@@ -76,12 +76,15 @@ class Gateway:
         self.metrics.in_flight.inc()
         self._idle.clear()
 
-    def finish(self, ask: Ask, request_id: str, client: str, end: str, chars: int, seconds: float) -> None:
-        """Count an answer out and record how it ended."""
+    def leave(self) -> None:
+        """Count an answer out."""
         self._in_flight -= 1
         self.metrics.in_flight.dec()
         if not self._in_flight:
             self._idle.set()
+
+    def record(self, ask: Ask, request_id: str, client: str, end: str, chars: int, seconds: float) -> None:
+        """Record how an answer ended."""
         route = "chat" if ask.chat else "completions"
         self.metrics.requests.labels(route, end).inc()
         self.audit.write(

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from ballast.errors import BallastError, GuardError
 from ballast.guardrails.types import Exchange, Guardrail, GuardSession, Message, StreamingGuardrail
 from ballast.pipeline.config_serve import ServeGuard
 from ballast.pipeline.serving.metrics import Metrics
@@ -125,6 +126,28 @@ class Judge:
         """Let the workers end."""
         self._workers.close()
 
+    async def warm_up(self) -> None:
+        """Load the guard and let it judge a short text, however long that takes.
+
+        Raises:
+            GuardError: it did not judge it.
+            BallastError: what it raised itself, such as a `ModelError` of missing weights.
+        """
+        messages = (Message(role="user", content="What is the capital of France?"),)
+        judgement = Judgement(self, messages)
+        try:
+            (risk,) = await self._workers.run(lambda: judgement.judge(None, [], "", ["It is Paris."]))
+        except BallastError:
+            raise
+        except Exception as error:
+            risk = Failure("error", f"{type(error).__name__}: {error}")  # the text is ours, so it may be quoted
+        if isinstance(risk, Failure):
+            why = f"{risk.kind}, {risk.detail}" if risk.detail else risk.kind
+            raise GuardError(
+                f"guardrail '{self.guard.name}' does not judge a short plain text ({why}), so every answer would be blocked; see what "
+                "`ballast guard check` says about it, and start its server if it has one"
+            )
+
     async def call(self, work: "Callable[[], list[float | Failure]]") -> list[float | Failure]:
         """What `work` gives in a worker, or a single failure."""
         started = time.perf_counter()
@@ -168,13 +191,16 @@ class Judgement:
         session, self._session = self._session, None
         holder: list[GuardSession] = []
 
-        def with_session() -> list[float | Failure]:
-            return self._push(session, holder, before, segments)
-
-        outcome = await self._judge.call(with_session if self._streams else lambda: self._assess(before, segments))
-        if self._streams and holder and not any(isinstance(one, Failure) for one in outcome):
+        outcome = await self._judge.call(lambda: self.judge(session, holder, before, segments))
+        if holder and not any(isinstance(one, Failure) for one in outcome):
             self._session = holder[0]
         return outcome
+
+    def judge(
+        self, session: GuardSession | None, holder: list[GuardSession], before: str, segments: Sequence[str]
+    ) -> list[float | Failure]:
+        """As `risks`, in the calling thread; a session that can be used again is put into `holder`."""
+        return self._push(session, holder, before, segments) if self._streams else self._assess(before, segments)
 
     def _push(
         self, session: GuardSession | None, holder: list[GuardSession], before: str, segments: Sequence[str]

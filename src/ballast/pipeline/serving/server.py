@@ -1,9 +1,10 @@
-"""Running the gateway: its socket, its signals and its end.
+"""Running the gateway: its socket, its guard's loading, its signals and its end.
 
 SIGTERM and SIGINT begin the end: new requests are refused with 503, answers under way get `serve.shutdown_s` to
 finish, those that take longer are told so in their stream, and then connections, threads and files are given back.
 """
 
+import asyncio
 import errno
 import socket
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
-from ballast.errors import ConfigError
+from ballast.errors import BallastError, ConfigError
 from ballast.pipeline.serving.gateway import Gateway
 
 _BACKLOG = 1024
+_LOOK_S = 0.1  # between two looks for a signal
 
 
 def listen(host: str, port: int, unread_s: float) -> socket.socket:
@@ -62,14 +64,38 @@ def _why_not(host: str, port: int, error: OSError) -> str:
 class _Server(uvicorn.Server):
     """uvicorn, which lets the gateway say goodbye before it closes connections."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, ready: Callable[[], None] | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, gateway: Gateway, ready: Callable[[], None] | None, warm_up: bool
+    ) -> None:
         super().__init__(config)
-        self._gateway, self._ready = gateway, ready
+        self._gateway, self._ready, self._warm_up = gateway, ready, warm_up
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._warm_up and not await self._guard_is_ready():
+            await self._gateway.aclose()
+            return
         await super().startup(sockets=sockets)
         if self.started and self._ready is not None:
             self._ready()
+
+    async def _guard_is_ready(self) -> bool:
+        """Load the guard before clients wait for it; false where a signal comes first."""
+        judge = self._gateway.judge
+        if judge is None:
+            return True
+        task = asyncio.ensure_future(judge.warm_up())
+        while not task.done() and not self.should_exit:
+            await asyncio.wait({task}, timeout=_LOOK_S)
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return False
+        try:
+            task.result()
+        except BallastError:
+            await self._gateway.aclose()
+            raise
+        return True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A second signal sets force_exit, and there is no waiting then.
@@ -77,22 +103,29 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets=sockets)
 
 
-def serve(app: FastAPI, sock: socket.socket, ready: Callable[[], None] | None = None) -> None:
+def serve(app: FastAPI, sock: socket.socket, ready: Callable[[], None] | None = None, warm_up: bool = True) -> None:
     """Serve until SIGTERM or SIGINT, in the main thread, and close the socket.
 
     Args:
         app: from `create_app`.
         sock: from `listen`.
         ready: called once requests are accepted.
+        warm_up: load the guard first and let it judge a short text.
+
+    Raises:
+        GuardError: the guard did not judge it.
     """
     try:
-        server(app, ready).run(sockets=[sock])
+        server(app, ready, warm_up).run(sockets=[sock])
     finally:
         sock.close()
 
 
-def server(app: FastAPI, ready: Callable[[], None] | None = None) -> uvicorn.Server:
-    """The server of an application, for who runs it in a thread or loop of their own: set `should_exit` to end it."""
+def server(app: FastAPI, ready: Callable[[], None] | None = None, warm_up: bool = True) -> uvicorn.Server:
+    """The server of an application, for who runs it in a thread or loop of their own: set `should_exit` to end it.
+
+    Arguments and errors of its `run` are those of `serve`.
+    """
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -104,4 +137,4 @@ def server(app: FastAPI, ready: Callable[[], None] | None = None) -> uvicorn.Ser
         # Who may speak for another address is for a proxy's own configuration to say.
         proxy_headers=False,
     )
-    return _Server(config, app.state.gateway, ready)
+    return _Server(config, app.state.gateway, ready, warm_up)
