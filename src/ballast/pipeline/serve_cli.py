@@ -4,6 +4,7 @@ In order: the contract is checked, the port taken, vLLM started on a private one
 the contract, and only then the gateway opened. vLLM ends with this process, however that ends.
 """
 
+import importlib.util
 import signal
 import tempfile
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ballast.errors import EngineError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +58,7 @@ def serve(
     from ballast.pipeline.serving.model_server import ServerOptions
     from ballast.pipeline.serving.target import open_target
 
+    _check_extra()
     found = open_target(target, overrides or (), adapter=adapter, adopt=adopt_template, system_prompt=system_prompt)
     options = ServerOptions(
         model=str(found.model),
@@ -71,9 +75,24 @@ def serve(
     signal.signal(signal.SIGTERM, _stop)
     console = Console(stderr=True)
     path = _log_file(log)
-    _serve(found, options, path, start_timeout, console)
-    if log is None:  # kept where something failed
-        path.unlink(missing_ok=True)
+    kept = True  # where something failed
+    try:
+        _serve(found, options, path, start_timeout, console)
+        kept = False
+    finally:
+        if log is None and (not kept or path.stat().st_size == 0):
+            path.unlink()
+
+
+def _check_extra() -> None:
+    missing = [
+        name for name in ("fastapi", "uvicorn", "prometheus_client", "vllm") if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise EngineError(
+            f"`ballast serve` needs {', '.join(missing)}, which is not installed; install the extras: "
+            "`pip install 'ballast-rl[serve,gpu]'`, or serve,cpu on a machine without a GPU"
+        )
 
 
 class _StopError(Exception):

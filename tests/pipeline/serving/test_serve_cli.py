@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 
@@ -57,6 +58,14 @@ def folder(tmp_path, embedded_folder, tokenizer):
     (made / "model.safetensors").write_bytes(b"weights")
     write_record(made, PromptFormat(tokenizer, SYSTEM))
     return made
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(monkeypatch, tmp_path):
+    """Logs of what failed are kept; here they go with the test."""
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "logs"))
+    return tmp_path / "logs"
 
 
 @pytest.fixture
@@ -145,11 +154,12 @@ def test_a_server_that_tokenises_otherwise_is_never_opened(folder, stand_in, tok
     assert started[0].poll() is not None
 
 
-def test_a_server_that_does_not_start_is_an_error_with_its_last_words(folder, stand_in):
+def test_a_server_that_does_not_start_is_an_error_with_its_last_words(folder, stand_in, temporary_files):
     stand_in("at once")
     result = serve(folder, free_port(), *OPEN)
     assert result.exit_code == 1
     assert "exit code 1 before it answered; its last words: no memory left" in result.stderr
+    assert [log.read_text() for log in temporary_files.iterdir()] == ["no memory left\n"]
 
 
 def test_a_server_that_ends_ends_the_gateway(folder, stand_in):
@@ -162,7 +172,7 @@ def test_a_server_that_ends_ends_the_gateway(folder, stand_in):
     assert "exit code 7 while it served" in result.stderr
 
 
-def test_a_port_in_use_is_an_error_before_anything_starts(folder, stand_in):
+def test_a_port_in_use_is_an_error_before_anything_starts(folder, stand_in, temporary_files):
     started = stand_in()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -170,6 +180,7 @@ def test_a_port_in_use_is_an_error_before_anything_starts(folder, stand_in):
         result = serve(folder, taken.getsockname()[1], *OPEN)
     assert (result.exit_code, started) == (2, [])
     assert "is in use" in result.stderr
+    assert list(temporary_files.iterdir()) == []
 
 
 @pytest.mark.parametrize(

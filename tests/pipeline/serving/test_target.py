@@ -1,0 +1,81 @@
+"""RUN_OR_MODEL: which weights, under which contract, with whose settings."""
+
+import json
+import shutil
+
+import pytest
+
+from ballast.errors import ModelError
+from ballast.pipeline.config_loading import dump_config, load_config
+from ballast.pipeline.model_record import write_record
+from ballast.pipeline.prompting import PromptFormat
+from ballast.pipeline.serving.target import open_target
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture
+def run(tmp_path, embedded_folder, tokenizer):
+    """A finished run: an aligned and a tuned model, and the adapter between them; weights are a few bytes."""
+    folder = tmp_path / "one"
+    for stage in ("align", "train"):
+        model = folder / stage / "model"
+        tokenizer.save_pretrained(model)
+        shutil.copy(embedded_folder / "config.json", model)
+        (model / "model.safetensors").write_bytes(stage.encode())
+        write_record(model, PromptFormat(tokenizer, None))
+    adapter = folder / "train" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "rank_pattern": {"q_proj": 16}}))
+    configure(folder)
+    return folder
+
+
+def configure(run, *overrides):
+    config = load_config("demo", [f"out={json.dumps(str(run.parent))}", "name=one", *overrides])
+    (run / "config.yaml").write_text(dump_config(config))
+
+
+def test_a_run_serves_what_it_made_last_with_its_own_guard(run):
+    target = open_target(str(run), ["serve.port=9000"])
+    assert (target.name, target.model, target.adapter) == ("one", run / "train" / "model", None)
+    assert target.settings.port == 9000
+    assert target.guard.type == "embedded"
+    shutil.copytree(run / "train" / "model", run / "restore" / "model")
+    assert open_target(str(run)).model == run / "restore" / "model"
+
+
+def test_an_adapter_is_served_over_what_it_was_trained_on_with_its_largest_rank(run):
+    target = open_target(str(run), adapter=True)
+    assert (target.model, target.adapter) == (run / "align" / "model", run / "train" / "adapter")
+    assert target.lora_rank == 16
+
+
+def test_a_run_whose_configuration_has_another_system_prompt_is_refused(run):
+    configure(run, "prompting.system_prompt=Be kind.")
+    with pytest.raises(ModelError, match=r"system_prompt: none in the contract, 'Be kind\.' here"):
+        open_target(str(run))
+
+
+def test_under_ptst_the_serving_prompt_may_be_chosen_after_training(run):
+    configure(run, "prompting.policy=ptst", "prompting.serving_system_prompt=Be safe.")
+    prompt_format = open_target(str(run)).prompt_format
+    assert prompt_format.contract().served_system_prompt == "Be safe."
+    # The training's own is still compared.
+    configure(
+        run, "prompting.policy=ptst", "prompting.serving_system_prompt=Be safe.", "prompting.system_prompt=Be kind."
+    )
+    with pytest.raises(ModelError, match="system_prompt: none in the contract"):
+        open_target(str(run))
+
+
+def test_a_run_without_a_model_says_how_to_finish_it(run):
+    shutil.rmtree(run / "train")
+    shutil.rmtree(run / "align")
+    with pytest.raises(ModelError, match="holds no trained model yet"):
+        open_target(str(run))
+
+
+def test_a_model_folder_is_served_under_its_own_contract_and_names_no_guard(run):
+    target = open_target(str(run / "train" / "model"), ["serve.guarding.threshold=0.3"])
+    assert (target.name, target.guard, target.settings.guarding.threshold) == ("model", None, 0.3)
