@@ -190,6 +190,9 @@ def test_a_client_that_leaves_ends_the_generation(stream):
             )
         stage.until(lambda: upstream.aborted == 1 and upstream.open == 0)
         stage.until(lambda: stage.gateway._in_flight == 0)
+        told = {"route": "chat", "end": "client_gone"}
+        count = stage.gateway.metrics.registry.get_sample_value
+        stage.until(lambda: count("ballast_gateway_requests_total", told) == 1)
 
 
 def test_a_client_that_leaves_while_the_guard_thinks_ends_the_generation():

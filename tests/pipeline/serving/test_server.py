@@ -83,6 +83,18 @@ def test_answers_that_take_too_long_are_told_that_the_server_ends():
     assert events(answers[0].text)[-1]["error"]["code"] == "shutting_down"
 
 
+def test_a_second_interrupt_does_not_wait():
+    upstream = Upstream(["a b c", Wait(30)])
+    with staged(CALM, upstream, guarding=WORDS, shutdown_s=30) as stage:
+        thread = in_background(collect, stage, [])
+        stage.until(lambda: upstream.open == 1)
+        stage.server.should_exit = True
+        stage.until(lambda: stage.gateway.draining)
+        stage.server.force_exit = True  # what uvicorn does at the second one
+        stage.until(lambda: upstream.aborted == 1, 3)
+        thread.join()
+
+
 def test_an_answer_has_a_time_limit():
     upstream = Upstream(["a b c", Wait(30)])
     with staged(CALM, upstream, guarding=WORDS, limits={"request_timeout_s": 0.4}) as stage:

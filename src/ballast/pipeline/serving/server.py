@@ -98,8 +98,12 @@ class _Server(uvicorn.Server):
         return True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # A second signal sets force_exit, and there is no waiting then.
-        await self._gateway.drain(0.0 if self.force_exit else self._gateway.settings.shutdown_s)
+        draining = asyncio.ensure_future(self._gateway.drain(self._gateway.settings.shutdown_s))
+        # A second SIGINT sets force_exit, and there is no waiting then.
+        while not draining.done() and not self.force_exit:
+            await asyncio.wait({draining}, timeout=_LOOK_S)
+        self._gateway.stopped.set()
+        draining.cancel()
         await super().shutdown(sockets=sockets)
 
 
