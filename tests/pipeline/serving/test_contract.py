@@ -2,11 +2,13 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from ballast.errors import ConfigError, ModelError
+from ballast.pipeline.checkpoints.resumable import ResumableTraining
 from ballast.pipeline.config_inputs import PromptingConfig
 from ballast.pipeline.model_record import check_record, hold_contract, read_contract, write_contract, write_record
 from ballast.pipeline.prompting import PromptFormat
@@ -201,6 +203,22 @@ def test_a_stage_refuses_the_contract_of_another_one_and_of_the_process_before_i
         hold_contract(scratch, [earlier], changed)
     with pytest.raises(ModelError, match=r"train\.partial' was made under another prompt format"):
         hold_contract(scratch, [], changed)
+
+
+def test_a_checkpoint_holds_the_contract_and_is_not_gone_on_from_under_another(tmp_path, tokenizer, monkeypatch):
+    def write(trainer, folder):
+        (folder / "weights").write_text("weights")
+
+    monkeypatch.setattr("ballast.pipeline.checkpoints.training_state.write_training", write)
+
+    def training(system_prompt):
+        return ResumableTraining(SimpleNamespace(prompt_format=PromptFormat(tokenizer, system_prompt)), tmp_path)
+
+    saved = training(SYSTEM).store.save(None, 3)
+    assert read_contract(saved.path).system_prompt == SYSTEM
+    assert training(SYSTEM).step == 3
+    with pytest.raises(ModelError, match=r"(?s)step-00000003' was made under another.*system_prompt differs"):
+        training("Be kind and brief!")
 
 
 # --- what a server reports
