@@ -16,7 +16,8 @@ import pytest
 from ballast.pipeline.model_record import write_record
 from ballast.pipeline.prompting import PromptFormat
 
-pytestmark = [pytest.mark.model, pytest.mark.vllm, pytest.mark.timeout(600)]
+# A vLLM of its own takes a minute or two to start, beside the engine that the other tests share.
+pytestmark = [pytest.mark.long, pytest.mark.model, pytest.mark.vllm, pytest.mark.timeout(600)]
 
 SYSTEM = "You are a helpful assistant."
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
