@@ -84,9 +84,35 @@ def restore(
         copy_companions(tuned, scratch)
         carry_record(tuned.folder, scratch, digests)
         restored = work.restored(out, _notes(selected, work.changed))
-        record = _record(restored, method, prints, digests)
-        (scratch / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_restoration(scratch, restored, method, prints, digests)
     return restored
+
+
+def write_restoration(
+    folder: Path, restored: Restored, method: Method, inputs: Mapping[str, Any], digests: Mapping[str, str]
+) -> None:
+    """Write `restoration.json`: what was done to a model, and to which.
+
+    Args:
+        folder: where it goes, beside the weights.
+        restored: what came out.
+        method: what was done.
+        inputs: by label, what `fingerprint` says of each model that was read.
+        digests: sha256 of each weight file that was written.
+    """
+    record = {
+        "ballast": ballast.__version__,
+        "torch": torch.__version__,
+        "method": method.name,
+        "settings": method.settings(),
+        "inputs": inputs,
+        "weights_sha256": digests,
+        "changed": restored.changed,
+        "kept": restored.kept,
+        "unselected": restored.unselected,
+        "notes": restored.notes,
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_device(device: str) -> None:
@@ -166,20 +192,3 @@ def _notes(selected: Sequence[str], changed: Mapping[str, Any]) -> tuple[str, ..
     if not changed:
         notes.append("no tensor was changed: the strength is 0, or the models do not differ where the method looks")
     return tuple(notes)
-
-
-def _record(
-    restored: Restored, method: Method, prints: Mapping[str, Any], digests: Mapping[str, str]
-) -> dict[str, Any]:
-    return {
-        "ballast": ballast.__version__,
-        "torch": torch.__version__,
-        "method": method.name,
-        "settings": method.settings(),
-        "inputs": prints,
-        "weights_sha256": digests,
-        "changed": restored.changed,
-        "kept": restored.kept,
-        "unselected": restored.unselected,
-        "notes": restored.notes,
-    }

@@ -3,7 +3,6 @@
 A transplant under a mask does not stay of low rank, so this loses something, and says how much.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import ballast
 from ballast.errors import ConfigError, ModelError
 from ballast.models import file_sha256
 from ballast.pipeline.model_record import carry_record
@@ -19,8 +17,8 @@ from ballast.pipeline.restoration.adapters import WEIGHTS
 from ballast.pipeline.restoration.low_rank import truncate
 from ballast.pipeline.restoration.methods import LAYERS, Change, Method, Triple, is_matrix, matches
 from ballast.pipeline.restoration.models import Models, fingerprint
-from ballast.pipeline.restoration.output import RECORD, copy_companions, output_folder
-from ballast.pipeline.restoration.restore import Restored
+from ballast.pipeline.restoration.output import copy_companions, output_folder
+from ballast.pipeline.restoration.restore import Restored, write_restoration
 from ballast.pipeline.restoration.weights import Factors, Weights, difference
 
 LOST = "lora_error"  # |D - its LoRA|_F / |D|_F, among the figures of a tensor
@@ -160,16 +158,5 @@ def _complete(folder: Path, method: Method, models: Models, restored: Restored) 
         (folder / name).unlink(missing_ok=True)
     digests = {WEIGHTS: file_sha256(folder / WEIGHTS)}
     carry_record(models.tuned.folder, folder, digests)
-    record = {
-        "ballast": ballast.__version__,
-        "torch": torch.__version__,
-        "method": method.name,
-        "settings": method.settings(),
-        "inputs": {weights.label: fingerprint(weights) for weights in models.each()},
-        "weights_sha256": digests,
-        "changed": restored.changed,
-        "kept": restored.kept,
-        "unselected": restored.unselected,
-        "notes": restored.notes,
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    inputs = {weights.label: fingerprint(weights) for weights in models.each()}
+    write_restoration(folder, restored, method, inputs, digests)
