@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ballast.pipeline.localization.localize import localize_safety_layers
     from ballast.pipeline.monitoring.callback import SafetyMonitor
     from ballast.pipeline.restoration.lox import lox
+    from ballast.pipeline.restoration.nlsr.realign import nlsr
     from ballast.pipeline.run import run
     from ballast.pipeline.training.freezing import freeze_layers
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
@@ -40,6 +41,7 @@ __all__ = [
     "load_guardrail",
     "localize_safety_layers",
     "lox",
+    "nlsr",
     "run",
 ]
 
@@ -59,6 +61,7 @@ _HOMES = {
     "load_guardrail": "ballast.guardrails.registry",
     "localize_safety_layers": "ballast.pipeline.localization.localize",
     "lox": "ballast.pipeline.restoration.lox",
+    "nlsr": "ballast.pipeline.restoration.nlsr.realign",
     "run": "ballast.pipeline.run",
 }
 
