@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tests.pipeline.restoration.checkpoints import MATRICES, Three, close, load, low_rank
 from tests.pipeline.test_stages import ANSWERS, COMPLIES, PROMPTS, REFUSES, Scripted
 
-from ballast.errors import ConfigError
+import ballast
+from ballast.errors import ConfigError, DataError
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.config_restore import LoxSweep, RestoreConfig
-from ballast.pipeline.run import planned, run, stage_of, stage_settings
+from ballast.pipeline.restoration.nlsr.settings import NLSRSettings
+from ballast.pipeline.run import _check_parts, planned, run, stage_inputs, stage_of, stage_settings
 from ballast.pipeline.stages.restore import candidates
 
 pytestmark = pytest.mark.model
@@ -74,8 +77,91 @@ def test_the_safest_repair_that_does_not_refuse_everything_is_kept(context):
 
 def test_every_method_is_tried_at_every_strength_under_a_name_of_its_own():
     twice = RestoreConfig(methods=(LoxSweep(alpha=(1,)), LoxSweep(alpha=(1, 2), rank=1)))
-    assert [label for label, _ in candidates(twice)] == ["lox-1", "lox-2-1", "lox-2-2"]
-    assert [method.rank for _, method in candidates(twice)] == [6, 1, 1]
+    tried = list(candidates(twice, realign=lambda sweep: pytest.fail("none of these is NLSR")))
+    assert [label for label, _ in tried] == ["lox-1", "lox-2-1", "lox-2-2"]
+    assert [method.rank for _, method in tried] == [6, 1, 1]
+
+
+class Realigned(Scripted):
+    """Training has broken the model; NLSR mends half of it with a quarter of the layers, and all with half of them."""
+
+    def answer(self, ids, seed):
+        text, folder = self.tokenizer.decode(ids), self._generator.folder or "start"
+        if "Harmful" not in text:
+            return ANSWERS
+        mended = folder.endswith("nlsr-0.5") or (folder.endswith("nlsr-0.25") and "one" in text)
+        return REFUSES if mended or folder.endswith("align/model") else COMPLIES
+
+
+@pytest.fixture
+def nlsr_context(tmp_path, tokenizer, tiny_model):
+    weights = tmp_path / "weights"
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "aligned", "tuned"):
+        if name != "base":
+            with torch.no_grad():
+                for key, parameter in tiny_model.named_parameters():
+                    if "_proj" in key:
+                        parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+        tiny_model.save_pretrained(weights / name)
+        tokenizer.save_pretrained(weights / name)
+    data, answered = tmp_path / "test.jsonl", tmp_path / "answered.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in PROMPTS))
+    rows = [{"prompt": f"Harmful in training, {i}", "kind": "harmful", "response": REFUSES} for i in range(3)]
+    rows += [{"prompt": "How do I boil an egg?", "kind": "ordinary", "response": ANSWERS}]
+    answered.write_text("\n".join(json.dumps(row) for row in rows))
+    methods = '[{"type": "nlsr", "share": [0.25, 0.5], "max_rows": 2}]'
+    config = load_config(
+        "demo", [f"out={json.dumps(str(tmp_path))}", "name=one", f"data.test=[{json.dumps(str(data))}]",
+                 f"align.data=[{json.dumps(str(answered))}]", "evaluate.samples=1", f"restore.methods={methods}"],
+    )  # fmt: skip
+    context = Realigned(config, tokenizer)
+    context.start_model = str(weights / "base")
+    for stage, model in (("align", "aligned"), ("train", "tuned")):
+        inputs = stage_inputs(context, stage)
+        with context.folder.writing(stage, stage_settings(config, stage), inputs) as scratch:
+            (scratch / "training.json").write_text(json.dumps({"tokens_per_s": 1.0}))
+            (scratch / "model").symlink_to(weights / model)
+    return context
+
+
+def test_nlsr_is_tried_at_every_share_on_one_reading_of_the_runs_harmful_rows(nlsr_context, tmp_path, monkeypatch):
+    from ballast.pipeline.restoration.nlsr import realign
+
+    read = []
+    original = realign.second_moments
+    monkeypatch.setattr(realign, "second_moments", lambda m, rows, *rest: read.append(rows) or original(m, rows, *rest))
+    run(nlsr_context.config, ["evaluate", "restore"], context=nlsr_context)
+    made = nlsr_context.folder.stage("restore")
+    assert json.loads((made / "choice.json").read_text())["best"] == "nlsr-0.5"
+    assert len(read) == 1  # two shares, and the model ran once
+    texts = [nlsr_context.tokenizer.decode(row.ids) for row in read[0]]
+    assert len(texts) == 2
+    assert all("Harmful in training" in text and REFUSES in text for text in texts)
+    record = json.loads((made / "model" / "restoration.json").read_text())
+    assert record["settings"]["rank"] == nlsr_context.config.align.lora.r
+    assert len(record["settings"]["patched"]) == 7  # of 14 linear modules, 0.5
+    # What the function does on the same rows with the same settings.
+    paths = [str(tmp_path / "weights" / name) for name in ("base", "aligned", "tuned")]
+    settings = NLSRSettings(share=0.5, rank=nlsr_context.config.align.lora.r)
+    ballast.nlsr(*paths, rows=read[0], out=tmp_path / "direct", settings=settings)
+    found, wanted = load(made / "model"), load(tmp_path / "direct")
+    assert found.keys() == wanted.keys()
+    assert all((found[name] == wanted[name]).all() for name in wanted)
+
+
+def test_nlsr_without_a_harmful_row_to_calibrate_on_is_refused_before_anything_is_computed(nlsr_context, tmp_path):
+    rows = [{"prompt": "How do I boil an egg?", "kind": "ordinary", "response": ANSWERS}]
+    (tmp_path / "answered.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(DataError, match=r"nlsr.*align\.data"):
+        _check_parts(nlsr_context, ["restore"])
+
+
+def test_a_restoration_by_nlsr_is_not_taken_for_done_when_its_calibration_rows_have_changed(nlsr_context):
+    with_nlsr = stage_inputs(nlsr_context, "restore")
+    assert any("answered.jsonl" in name for name in with_nlsr)
+    nlsr_context.config = load_config("demo", [])
+    assert "align.data" not in stage_of(nlsr_context.config, "restore").data
 
 
 def test_the_stage_is_a_part_of_a_run_where_it_is_enabled():
@@ -98,6 +184,8 @@ def test_without_an_alignment_there_is_nothing_to_restore(context):
         "restore.aligned=x",
         "restore.keep_gain=1.5",
         'restore.methods=[{"type": "lox", "alpha": [0]}]',
+        'restore.methods=[{"type": "nlsr", "share": [0]}]',
+        'restore.methods=[{"type": "nlsr", "sparsity": 1}]',
         "restore.methods=[]",
     ],
 )

@@ -38,7 +38,33 @@ class RestaSweep(Component):
     modules: Names = Field(("*",), description="patterns of tensor names; the default is every tensor")
 
 
-Sweep = Annotated[LoxSweep | SafeLoraSweep | RestaSweep, Field(discriminator="type")]
+class NLSRSweep(Component):
+    """NLSR: a super-aligned reference's values for the safety neurons of the layers that tuning turned most.
+
+    It runs the aligned model on calibration rows: harmful prompts of `align.data` with their answers.
+    """
+
+    type: Literal["nlsr"] = "nlsr"
+    share: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = Field(
+        (0.5,), description="shares of the layers to try, the least similar first, that are patched"
+    )
+    beta: float = Field(0.9, ge=0, description="how far the reference lies beyond the aligned model; 0 takes that one")
+    sparsity: float = Field(
+        0.8, ge=0, lt=1, description="share of each matrix's entries that are left alone; 0 patches all of them"
+    )
+    rank: PositiveInt | None = Field(
+        None,
+        description="rank of the alignment; null takes align.lora.r for the run's own, else that of the whole matrix",
+    )
+    unit: Literal["module", "layer"] = Field(
+        "module", description="what a layer is: a linear module, or a decoder layer"
+    )
+    max_rows: PositiveInt = Field(128, description="calibration rows, drawn by the run's seed")
+    batch_size: PositiveInt = Field(8, description="calibration rows a forward pass")
+    modules: Names = Field(_LAYERS, description="patterns of tensor names; the default is the matrices of all layers")
+
+
+Sweep = Annotated[LoxSweep | SafeLoraSweep | RestaSweep | NLSRSweep, Field(discriminator="type")]
 
 
 class RestoreConfig(Component):
@@ -50,7 +76,9 @@ class RestoreConfig(Component):
     )
     aligned: str | None = Field(None, description="the safe model; None is the one that training started from")
     methods: tuple[Sweep, ...] = Field(
-        (LoxSweep(), SafeLoraSweep(), RestaSweep()), min_length=1, description="what is tried, each with its strengths"
+        (LoxSweep(), SafeLoraSweep(), RestaSweep()),
+        min_length=1,
+        description="what is tried, each with its strengths: lox, safe-lora, resta, nlsr",
     )
     keep_gain: float = Field(
         0.9, ge=0, le=1, description="share of what training gained on each task reward that must be kept"
@@ -74,3 +102,8 @@ class RestoreConfig(Component):
                 "neither; give the model from before the alignment as restore.base"
             )
         return self
+
+    @property
+    def nlsr(self) -> tuple[NLSRSweep, ...]:
+        """The sweeps that need calibration rows."""
+        return tuple(sweep for sweep in self.methods if isinstance(sweep, NLSRSweep))

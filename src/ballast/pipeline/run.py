@@ -134,7 +134,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     if name == "restore":
         # The model that training started from is measured by `evaluate` where `align` is on, else by `baseline`.
         needs = stage.needs if config.align.enabled else ("baseline", *stage.needs)
-        stage = replace(stage, needs=needs, in_run=config.restore.enabled)
+        calibration = ("align.data",) if config.restore.nlsr else ()
+        stage = replace(stage, needs=needs, data=(*stage.data, *calibration), in_run=config.restore.enabled)
     needs = stage.needs
     if config.train.method != "sft":
         return stage
@@ -237,6 +238,11 @@ def _check_parts(context: RunContext, names: Sequence[str]) -> None:
         if context.config.train.method == "grpo":
             _check_rewards(context)
         _check_safety_rows(context)
+    if "restore" in names and context.config.restore.nlsr:
+        from ballast.pipeline.stages.restore import calibration_data
+
+        for sweep in context.config.restore.nlsr:
+            calibration_data(context.config, sweep)
 
 
 def _check_rewards(context: RunContext) -> None:

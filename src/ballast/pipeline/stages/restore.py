@@ -9,12 +9,14 @@ Writes `model/` (where a repair is kept), LABEL.json and LABEL.parquet of every 
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ballast.errors import ConfigError
-from ballast.pipeline.config_restore import LoxSweep, RestaSweep, RestoreConfig, SafeLoraSweep
+from ballast.errors import ConfigError, DataError
+from ballast.pipeline.config import RunConfig
+from ballast.pipeline.config_restore import LoxSweep, NLSRSweep, RestaSweep, RestoreConfig, SafeLoraSweep
 from ballast.pipeline.context import RunContext
+from ballast.pipeline.data import Row, draw
 from ballast.pipeline.evaluation.measure import measure_model
 from ballast.pipeline.evaluation.metrics import EvaluationSummary
 from ballast.pipeline.evaluation.tables import markdown_table, render_tables
@@ -23,10 +25,14 @@ from ballast.pipeline.restoration.choice import Choice, choose
 from ballast.pipeline.restoration.lox import Lox
 from ballast.pipeline.restoration.methods import Method
 from ballast.pipeline.restoration.models import Models, open_models
+from ballast.pipeline.restoration.nlsr.calibration import calibration_rows
+from ballast.pipeline.restoration.nlsr.realign import Realignment, realignment, selected
+from ballast.pipeline.restoration.nlsr.settings import NLSRSettings
 from ballast.pipeline.restoration.restore import check_device, restore
 from ballast.pipeline.restoration.safe_lora import SafeLora
 from ballast.pipeline.restoration.task_arithmetic import Resta
 from ballast.pipeline.run_folder import write_text
+from ballast.pipeline.stages.align import rows_with_answers
 
 
 def run_stage(context: RunContext, folder: Path) -> None:
@@ -34,7 +40,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
     Raises:
         ConfigError: there is no alignment to restore, or the device is not there.
-        ModelError: the models cannot be compared; see `open_models`.
+        DataError: NLSR has no calibration rows.
+        ModelError: the models cannot be compared, see `open_models`, or NLSR cannot run the aligned one.
     """
     settings = context.config.restore
     check_device(settings.device)
@@ -42,7 +49,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     start, tuned = _measured(context)
     repaired: dict[str, EvaluationSummary] = {}
     choice = Choice(None, {})
-    for label, method in candidates(settings):
+    for label, method in candidates(settings, lambda sweep: realigned(context, models, sweep)):
         made = folder / f"model-{label}"
         with context.progress(f"{label}: computing", len(models.tuned.names)) as done:
             restore(method, models, made, settings.device, on_tensor=lambda *_: done(1))
@@ -56,8 +63,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     _report(context, folder, {"before training": start, "tuned": tuned, **repaired}, choice)
 
 
-def candidates(settings: RestoreConfig) -> Iterator[tuple[str, Method]]:
-    """Each method at each strength, with a label for its files."""
+def candidates(settings: RestoreConfig, realign: Callable[[NLSRSweep], Realignment]) -> Iterator[tuple[str, Method]]:
+    """Each method at each strength, with a label for its files; `realign` is called when the turn comes to NLSR."""
     for i, sweep in enumerate(settings.methods):
         again = "" if sweep.type not in [s.type for s in settings.methods[:i]] else f"-{i + 1}"
         match sweep:
@@ -70,6 +77,42 @@ def candidates(settings: RestoreConfig) -> Iterator[tuple[str, Method]]:
             case RestaSweep():
                 for gamma in sweep.gamma:
                     yield f"resta{again}-{gamma:g}", Resta(gamma, sweep.modules)
+            case NLSRSweep():
+                found = realign(sweep)  # once: the strengths differ in how many layers are patched
+                for share in sweep.share:
+                    yield f"nlsr{again}-{share:g}", found.with_share(share)
+
+
+def realigned(context: RunContext, models: Models, sweep: NLSRSweep) -> Realignment:
+    """Safety neurons by the run's calibration rows, in the format that it trains in."""
+    config = context.config
+    own = config.restore.base is None  # the alignment is `align`'s LoRA, merged: its files no longer say its rank
+    options = NLSRSettings(
+        beta=sweep.beta,
+        sparsity=sweep.sparsity,
+        rank=sweep.rank or (config.align.lora.r if own else None),
+        unit=sweep.unit,
+        modules=sweep.modules,
+    )
+    check_record(models.aligned.folder, context.prompt_format)
+    rows = calibration_rows(context.prompt_format, calibration_data(config, sweep), sweep.max_rows)
+    with context.progress("nlsr: safety neurons", len(selected(models, options))) as done:
+        return realignment(models, rows, options, config.restore.device, sweep.batch_size, on_module=lambda *_: done(1))
+
+
+def calibration_data(config: RunConfig, sweep: NLSRSweep) -> list[Row]:
+    """Harmful rows of `align.data`, none of which is measured on.
+
+    Raises:
+        DataError: there are none, or one is measured on.
+    """
+    rows = [row for row in rows_with_answers(config, config.align.data, "align.data", None) if row.kind == "harmful"]
+    if not rows:
+        raise DataError(
+            "restore.methods has nlsr, which is calibrated on the harmful rows of align.data, and there are none; name a source "
+            "of harmful prompts with safe answers there, or leave nlsr out"
+        )
+    return draw(rows, sweep.max_rows, config.seed)
 
 
 def _models(context: RunContext) -> Models:

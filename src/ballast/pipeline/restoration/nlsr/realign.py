@@ -7,7 +7,7 @@ this departs from the paper and from its code.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,11 @@ class Realignment:
             return Change(None, figures)
         reference = extrapolate(at.start(at.aligned), change, self.options.beta)
         return Change(transplant(at.start(at.tuned), reference, mask.to(at.device), self.options.strength), figures)
+
+    def with_share(self, share: float) -> "Realignment":
+        """The same neurons with another share of the layers patched; no model runs for it."""
+        options = replace(self.options, share=share)
+        return replace(self, options=options, patched=layers_to_patch(self.similarity, options))
 
 
 def nlsr(
@@ -191,11 +196,7 @@ def realignment(
             "safety to restore from; give the model from before the alignment as base"
         )
     similarity = similarities({name: found.overlap for name, found in examined.items()}, settings.unit)
-    chosen = (
-        least_similar(similarity, settings.share)
-        if settings.choice == "rank"
-        else sampled(similarity, settings.share, settings.spread, settings.seed)
-    )
+    chosen = layers_to_patch(similarity, settings)
     return Realignment(settings, examined, similarity, chosen, sum(len(row.ids) - row.start for row in rows))
 
 
@@ -234,6 +235,13 @@ def similarities(overlaps: Mapping[str, Overlap], unit: str) -> dict[str, float]
         layer = layer_of(name, unit)
         sums[layer] = sums[layer] + one if layer in sums else one
     return {layer: total.cosine() for layer, total in sums.items()}
+
+
+def layers_to_patch(similarity: Mapping[str, float], settings: NLSRSettings) -> tuple[str, ...]:
+    """The layers that settings choose by their cosines."""
+    if settings.choice == "rank":
+        return least_similar(similarity, settings.share)
+    return sampled(similarity, settings.share, settings.spread, settings.seed)
 
 
 def _examine(changes: AlignmentChanges, name: str, moment: torch.Tensor, settings: NLSRSettings) -> Examined:
