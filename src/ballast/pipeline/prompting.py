@@ -146,7 +146,7 @@ class PromptFormat:
             special_tokens={t.content: n for n, t in sorted(self.tokenizer.added_tokens_decoder.items()) if t.special},
             stop_tokens=self._stop_tokens,
             generation_prompt=fixed._generation_prompt(),
-            default_system_prompt=fixed._default_system_prompt(),
+            default_system_prompt=fixed.default_system_prompt(),
             system_prompt=self.system_prompt,
             probes=fixed._probe_ids(),
             policy=self.policy,
@@ -186,8 +186,8 @@ class PromptFormat:
             return ""
         return whole.removeprefix(without) if whole.startswith(without) else whole
 
-    def _default_system_prompt(self) -> str | None:
-        """What stands where a system message would stand, in a conversation that has none."""
+    def default_system_prompt(self) -> str | None:
+        """What the template writes, at this moment, as the system where a conversation says nothing; see `TemplateContract`."""
         user = list(_PROBES["greeting"])
         try:
             given, default = self._render([{"role": "system", "content": _STAND_IN}, *user]), self._render(user)

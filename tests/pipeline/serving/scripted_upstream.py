@@ -16,7 +16,7 @@ from ballast.pipeline.serving.app import create_app
 from ballast.pipeline.serving.server import listen, server
 
 KEY = "test-key"
-_OWN = ("system_prompt", "special_tokens", "models", "upstream_url")
+_OWN = ("system_prompt", "default_system_prompt", "special_tokens", "models", "upstream_url")
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 

@@ -206,6 +206,26 @@ def test_the_policy_decides_on_the_system_message(policy, contract, own, expecte
         assert sent == (HI if expected is None else [{"role": "system", "content": expected}, *HI])
 
 
+@pytest.mark.parametrize(
+    ("policy", "own", "expected"),
+    [
+        ("enforce", None, None),
+        ("merge", None, None),
+        ("client", None, None),
+        ("merge", "Rhyme.", "The template's.\n\nRhyme."),
+        ("client", "Rhyme.", "Rhyme."),
+    ],
+)
+def test_the_templates_own_system_prompt_is_left_to_the_template_unless_something_is_put_behind_it(
+    policy, own, expected
+):
+    with staged(GUARD, default_system_prompt="The template's.", system_prompt_policy=policy) as stage:
+        messages = HI if own is None else [{"role": "system", "content": own}, *HI]
+        assert stage.ask(messages=messages).status_code == 200
+        sent = stage.upstream.requests[-1][1]["messages"]
+        assert sent == (HI if expected is None else [{"role": "system", "content": expected}, *HI])
+
+
 def test_a_completion_is_a_user_message_in_the_chat_format_unless_raw_text_is_asked_for():
     body = {"model": "policy", "prompt": "Once"}
     with staged(GUARD, Upstream(["upon"]), system_prompt="Be kind.") as stage:

@@ -73,8 +73,9 @@ def stand_in(monkeypatch, tmp_path, tokenizer):
     """Put a server in vLLM's place that tokenises as `prompt_format` does; gives the processes that were started."""
     started = []
 
-    def put(exit_code="never", prompt_format=None):
-        asked, answering = PromptFormat(tokenizer, SYSTEM), prompt_format or PromptFormat(tokenizer, SYSTEM)
+    def put(exit_code="never", prompt_format=None, asked=None):
+        ours = PromptFormat(tokenizer, SYSTEM)
+        asked, answering = asked or ours, prompt_format or ours
         table = {json.dumps(m): answering.encode_naively(m) for m in asked.probes().values()}
         (tmp_path / "table.json").write_text(json.dumps(table))
         start = model_server.ModelServer._start
@@ -139,6 +140,31 @@ def test_it_serves_listed_paths_alone_until_it_is_told_to_end(folder, stand_in):
     assert "tokenises as the contract says" in result.stderr
     assert f"serving 'model' at http://127.0.0.1:{port}/v1" in result.stderr
     assert started[0].poll() is not None
+
+
+def test_a_default_system_prompt_with_the_date_in_it_is_left_to_the_template(folder, stand_in, tokenizer, monkeypatch):
+    import copy
+
+    from ballast.pipeline.serving import app
+
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nIt is {{ strftime_now('%Y') }}.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    dated.save_pretrained(folder)
+    write_record(folder, PromptFormat(dated))
+    given, port = {}, free_port()
+    made = app.create_app
+    monkeypatch.setattr(app, "create_app", lambda *words, **named: given.update(named) or made(*words, **named))
+    stand_in(prompt_format=PromptFormat(dated), asked=PromptFormat(dated))
+    when_up(port, lambda client: [os.kill(os.getpid(), signal.SIGTERM)])
+    result = serve(folder, port, *OPEN)
+    assert result.exit_code == 0, result.output
+    # The contract's own date is fixed, so it must not be what a model is told.
+    assert given["system_prompt"] is None
+    assert given["default_system_prompt"] == f"It is {time.strftime('%Y')}."
 
 
 def test_a_server_that_tokenises_otherwise_is_never_opened(folder, stand_in, tokenizer):

@@ -31,6 +31,7 @@ def create_app(
     guard: Guardrail | None,
     *,
     system_prompt: str | None = None,
+    default_system_prompt: str | None = None,
     special_tokens: Sequence[str] = (),
     models: Sequence[str] | None = None,
     api_keys: Sequence[str] | None = None,
@@ -43,6 +44,8 @@ def create_app(
         upstream_url: the model server's address, with or without /v1.
         guard: who judges answers; None needs `settings.unguarded`.
         system_prompt: the contract's system prompt, applied as `settings.system_prompt_policy` says.
+        default_system_prompt: what the chat template writes itself where there is no system message; counts where
+            `system_prompt` is None and a client's own system message is merged.
         special_tokens: texts of the tokenizer's special tokens; a request whose text holds one is refused, since
             the model server would read it as part of the chat format.
         models: names that may be asked for and are listed; None takes all that the model server serves.
@@ -60,6 +63,7 @@ def create_app(
         upstream_url,
         guard,
         system_prompt=system_prompt,
+        default_system_prompt=default_system_prompt,
         special_tokens=special_tokens,
         models=models,
         api_keys=api_keys,

@@ -32,6 +32,7 @@ class Gateway:
         guard: Guardrail | None,
         *,
         system_prompt: str | None,
+        default_system_prompt: str | None,
         special_tokens: Sequence[str],
         models: Sequence[str] | None,
         api_keys: Sequence[str] | None,
@@ -45,7 +46,7 @@ class Gateway:
         self.settings = settings
         self.keys = Keys(settings, api_keys)
         self.rate = RateLimit(settings.limits.requests_per_minute, settings.limits.burst)
-        self.understanding = Understanding(settings, system_prompt, special_tokens, models)
+        self.understanding = Understanding(settings, system_prompt, default_system_prompt, special_tokens, models)
         self.metrics = Metrics()
         self.upstream = Upstream(upstream_url, settings.upstream_timeout_s, upstream_key)
         self.judge = Judge(guard, settings.guarding, self.metrics) if guard is not None else None

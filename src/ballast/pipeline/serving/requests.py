@@ -146,6 +146,7 @@ class Understanding:
     Args:
         settings: limits and the policies of system prompt and completions.
         system_prompt: the contract's; None where it has none.
+        default_system_prompt: what the chat template writes in its place then.
         special_tokens: texts that the model server's tokenizer reads as special tokens wherever they stand.
         models: names that may be asked for; None leaves it to the model server.
     """
@@ -154,10 +155,12 @@ class Understanding:
         self,
         settings: ServeConfig,
         system_prompt: str | None,
+        default_system_prompt: str | None,
         special_tokens: Sequence[str],
         models: Sequence[str] | None,
     ) -> None:
         self._settings, self._system_prompt, self.models = settings, system_prompt, models
+        self._default_system_prompt = default_system_prompt
         self._special = tuple(token for token in special_tokens if token)
 
     def chat(self, body: bytes) -> Ask:
@@ -263,9 +266,11 @@ class Understanding:
                 "system_message",
                 "this server sets the system message itself; send the conversation without one",
             )
+        # A template's default is left to the template, whose text may change with the day or be trimmed otherwise.
         system = own if own is not None else self._system_prompt
-        if policy == "merge":
-            system = "\n\n".join(text for text in (self._system_prompt, own) if text) or None
+        if policy == "merge" and own is not None:
+            first = self._default_system_prompt if self._system_prompt is None else self._system_prompt
+            system = "\n\n".join(text for text in (first, own) if text) or None
         return rest if system is None else [Message(role="system", content=system), *rest]
 
 
