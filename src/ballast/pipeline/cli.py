@@ -22,6 +22,7 @@ from ballast.pipeline import guard_cli, restore_cli, serve_cli
 STAGES = {
     "baseline": "Measure the start model on the test prompts.",
     "align": "Warm start: LoRA SFT on answers, merged into a model folder.",
+    "prompts": "Measure candidate system prompts, and say which to take.",
     "localize": "Find the layers that tell harmful requests from harmless ones.",
     "rollout": "Write completions of the training prompts to a table.",
     "score": "Let the guard score that table, segment by segment.",

@@ -26,6 +26,7 @@ from ballast.pipeline.config_inputs import (
 )
 from ballast.pipeline.config_monitor import MonitorConfig
 from ballast.pipeline.config_probing import ProbingConfig
+from ballast.pipeline.config_prompts import PromptsConfig
 from ballast.pipeline.config_regularization import RegularizationConfig, check_method
 from ballast.pipeline.config_restore import RestoreConfig
 from ballast.pipeline.config_rewards import GuardRefusal, RewardConfig
@@ -76,6 +77,7 @@ class RunConfig(Component):
     shaping: ShapingConfig = ShapingConfig()
     rewards: RewardConfig = RewardConfig()
     align: AlignConfig = AlignConfig()
+    prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     sft: SFTConfig = Field(SFTConfig(), description="counts where train.method is sft")

@@ -28,6 +28,8 @@ from ballast.pipeline.prompting import PromptFormat
 from ballast.pipeline.run_folder import RunFolder
 from ballast.pipeline.vllm_engine import VLLMEngine
 
+_FORMATS = ("prompt_format", "serving_format")  # made from the configuration's prompts
+
 
 class RunContext:
     """Shared by the stages of one call; `close` frees the engine."""
@@ -170,6 +172,19 @@ class RunContext:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
+
+    @contextmanager
+    def configured(self, config: RunConfig) -> Iterator[None]:
+        """Another configuration of the same model, generator and guards counts inside the block, such as one of another prompt."""
+        before, made = self.config, {name: self.__dict__.pop(name) for name in _FORMATS if name in self.__dict__}
+        self.config = config
+        try:
+            yield
+        finally:
+            self.config = before
+            for name in _FORMATS:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(made)
 
     def say(self, text: str) -> None:
         """One line to the terminal. Never the text of a prompt or a completion."""

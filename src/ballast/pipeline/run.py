@@ -47,13 +47,14 @@ _POLICY = ("seed", "model", "prompting", "data")
 _MEASURED = (*_POLICY, "generation", "guard", "judge", "segments", "shaping", "rewards", "evaluate")
 _SAFE_UPDATES = ("safegrad", "freeze", "probing", "regularization")
 _MONITORING = ("monitor", "judge", "evaluate")  # what a monitored training depends on besides
-_MEASURING = ("baseline", "evaluate", "restore")  # answers are measured in the format of serving
+_MEASURING = ("baseline", "prompts", "evaluate", "restore")  # answers are measured in the format of serving
 _TRAINING = ("data.train", "data.test")  # the test prompts too: none may be trained on
 
 # In the order in which they run. Each is the module of that name in `stages/`; SFT takes `train_sft` for `train`.
 STAGES: dict[str, Stage] = {
     "baseline": Stage(needs=(), reads=_MEASURED, data=("data.test",)),
     "align": Stage(needs=(), reads=(*_POLICY, "align"), data=("align.data", "data.test")),
+    "prompts": Stage(needs=(), reads=(*_MEASURED, "prompts"), in_run=False),
     "localize": Stage(
         needs=("align",), reads=(*_POLICY, "align", "localize"), data=("localize.data", "data.test"), in_run=False
     ),
@@ -129,6 +130,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
             () if config.monitor.suite is None else ("monitor.suite",)
         )  # else it is data.test, which train reads anyway
         stage = replace(stage, reads=(*stage.reads, *_MONITORING), data=(*stage.data, *suite))
+    if name == "prompts":
+        stage = _of_prompts(config, stage)
     if name == "localize":
         stage = replace(stage, in_run=bool(_localized(config)))
     if name == "restore":
@@ -150,8 +153,19 @@ def stage_of(config: RunConfig, name: str) -> Stage:
             return replace(stage, reads=(*stage.reads, "sft"), data=data, module="train_sft")
         case "evaluate" | "restore":
             return replace(stage, reads=(*stage.reads, "sft"))
+        case "prompts" if "train" in needs:
+            return replace(stage, reads=(*stage.reads, "sft"))
         case _:
             return stage
+
+
+def _of_prompts(config: RunConfig, stage: Stage) -> Stage:
+    """What the stage `prompts` measures on, and what it needs of the training where it measures the tuned model."""
+    stage = replace(stage, data=("data.test" if config.prompts.suite is None else "prompts.suite",))
+    if config.prompts.model == "start":
+        return stage
+    needs = ("align", "train") if config.align.enabled else ("train",)
+    return replace(stage, needs=needs, reads=(*stage.reads, "align", "train", *_SAFE_UPDATES))
 
 
 def _localized(config: RunConfig) -> tuple[str, ...]:
@@ -238,6 +252,12 @@ def _check_parts(context: RunContext, names: Sequence[str]) -> None:
         if context.config.train.method == "grpo":
             _check_rewards(context)
         _check_safety_rows(context)
+    if "prompts" in names:
+        from ballast.pipeline.evaluation.system_prompts import candidate_prompts
+        from ballast.pipeline.stages.prompts import check_suite
+
+        candidate_prompts(context.config)
+        check_suite(context.config)
     if "restore" in names and context.config.restore.nlsr:
         from ballast.pipeline.stages.restore import calibration_data
 
