@@ -272,6 +272,12 @@ def test_a_model_server_that_is_down_is_told_as_such():
         assert (health.status_code, health.json()["status"]) == (503, "upstream_unreachable")
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://127.0.0.1:port", "ftp://127.0.0.1", ""])
+def test_an_address_that_is_none_is_refused_with_one_that_would_do(url):
+    with pytest.raises(ConfigError, match=r"no http address; write it like http://127\.0\.0\.1:8000"):
+        create_app(ServeConfig(), url, GUARD, api_keys=["k"])
+
+
 def test_no_key_is_needed_where_that_is_said():
     with staged(GUARD, require_key=False) as stage:
         del stage.client.headers["Authorization"]

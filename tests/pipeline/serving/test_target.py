@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import typing
 
 import pytest
 
-from ballast.errors import ModelError
+from ballast.errors import ConfigError, ModelError
 from ballast.pipeline.config_loading import dump_config, load_config
 from ballast.pipeline.model_record import write_record
 from ballast.pipeline.prompting import PromptFormat
+from ballast.pipeline.serving import model_server
+from ballast.pipeline.serving.model_server import ServerOptions
 from ballast.pipeline.serving.target import open_target
 
 pytestmark = pytest.mark.model
@@ -49,6 +52,34 @@ def test_an_adapter_is_served_over_what_it_was_trained_on_with_its_largest_rank(
     target = open_target(str(run), adapter=True)
     assert (target.model, target.adapter) == (run / "align" / "model", run / "train" / "adapter")
     assert target.lora_rank == 16
+
+
+def test_weights_under_an_adapter_that_changed_after_training_are_refused(run):
+    (run / "align" / "model" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ModelError, match=r"model\.safetensors changed after training"):
+        open_target(str(run), adapter=True)
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(1, "1"), (2, "8"), (16, "16"), (24, "32"), (500, "512")])
+def test_an_adapter_of_any_rank_is_served_under_a_rank_that_vllm_takes(rank, taken):
+    words = ServerOptions("model", "name", adapter="adapter", lora_rank=rank).arguments(8000)
+    assert words[words.index("--max-lora-rank") + 1] == taken
+
+
+def test_an_adapter_beyond_vllms_largest_rank_is_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"rank 513.*merged weights"):
+        ServerOptions("model", "name", adapter="adapter", lora_rank=513).arguments(8000)
+
+
+@pytest.mark.vllm
+def test_the_ranks_are_those_of_vllm():
+    lora = pytest.importorskip("vllm.config.lora")
+    assert typing.get_args(lora.MaxLoRARanks) == model_server._LORA_RANKS
+
+
+def test_a_model_given_as_the_present_folder_is_named_after_it(run, monkeypatch):
+    monkeypatch.chdir(run / "train" / "model")
+    assert open_target(".").name == "model"
 
 
 def test_a_run_whose_configuration_has_another_system_prompt_is_refused(run):

@@ -18,12 +18,14 @@ from typing import IO, Self
 
 import httpx
 
-from ballast.errors import EngineError
+from ballast.errors import ConfigError, EngineError
 from ballast.guardrails.types import Message
 from ballast.pipeline.serving import keeper
 
 _HOST = "127.0.0.1"
 _ASK_S = 0.25  # between two looks at a server that starts
+# What vLLM takes as --max-lora-rank; an adapter of a rank between two is served under the larger.
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _END_S = 15.0  # for the keeper, which itself waits less
 
 
@@ -69,8 +71,18 @@ class ServerOptions:
             words += ["--served-model-name", self.name]
         else:  # the bare model has a name that nobody is told: it is not what was measured
             words += ["--served-model-name", secrets.token_hex(8), "--enable-lora"]
-            words += ["--max-lora-rank", str(self.lora_rank), "--lora-modules", f"{self.name}={self.adapter}"]
+            words += ["--max-lora-rank", str(self._max_lora_rank), "--lora-modules", f"{self.name}={self.adapter}"]
         return words
+
+    @property
+    def _max_lora_rank(self) -> int:
+        rank = next((rank for rank in _LORA_RANKS if rank >= self.lora_rank), None)
+        if rank is None:
+            raise ConfigError(
+                f"the adapter has rank {self.lora_rank}, and vLLM serves adapters up to rank {_LORA_RANKS[-1]}; leave --adapter out to "
+                "serve the merged weights"
+            )
+        return rank
 
 
 class ModelServer:

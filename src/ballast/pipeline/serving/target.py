@@ -12,13 +12,13 @@ from ballast.errors import ConfigError, ModelError
 from ballast.models import resolve_model
 from ballast.pipeline.config_base import Component
 from ballast.pipeline.config_serve import ServeConfig
-from ballast.pipeline.model_record import check_contract
+from ballast.pipeline.model_record import check_contract, check_record
 from ballast.pipeline.prompting import PromptFormat
 from ballast.pipeline.serving.contract import served_format
 
 _ADAPTER = Path("train") / "adapter"
 # In a run the first of these that is there: what was repaired, trained, warmed up.
-_MODELS = (Path("model"), Path("restore") / "model", Path("train") / "model", Path("align") / "model")
+_MODELS = (Path("restore") / "model", Path("train") / "model", Path("align") / "model")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def open_target(
     settings = _settings(overrides)
     folder = Path(resolve_model(what))
     prompt_format = served_format(folder, adopt, system_prompt)
-    name = folder.name if run.is_dir() else what
+    name = folder.resolve().name if run.is_dir() else what  # `.` has no name of its own
     return Target(name, folder, None, 0, "auto", prompt_format, settings, settings.guard)
 
 
@@ -110,7 +110,7 @@ def _of_run(run: Path, overrides: Sequence[str], adapter: bool) -> Target:
             if config.align.enabled
             else Path(resolve_model(config.model.name, config.model.revision))
         )
-        check_contract(model, declared)
+        check_record(model, declared)  # its weights, too: they are served
     return Target(
         config.name, model, lora, rank, config.model.dtype, declared, config.serve, config.serve.guard or config.guard
     )

@@ -87,7 +87,10 @@ class Upstream:
     """
 
     def __init__(self, url: str, timeout_s: float, key: str | None = None) -> None:
-        parsed = httpx.URL(url)
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:  # such as a port that is no number
+            parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigError(
                 f"the model server's address '{url}' is no http address; write it like http://127.0.0.1:8000"
