@@ -84,7 +84,9 @@ class ServeConfig(Component):
     guard: NestedGuardOptions | None = Field(
         None, description="the guardrail that judges answers; null takes the run's guard"
     )
-    unguarded: bool = Field(False, description="allow to serve without any guardrail")
+    unguarded: bool = Field(
+        False, description="serve without any guardrail, not the run's either; every answer is released unjudged"
+    )
     guarding: ServeGuard = ServeGuard()
     system_prompt_policy: Literal["enforce", "merge", "client"] = Field(
         "enforce",
@@ -103,3 +105,11 @@ class ServeConfig(Component):
     shutdown_s: PositiveFloat = Field(
         20.0, description="seconds that answers being written get to end when the gateway is told to stop"
     )
+
+    @model_validator(mode="after")
+    def _guarded_or_not(self) -> Self:
+        if self.unguarded and self.guard is not None:
+            raise ValueError(
+                f"serve.guard = {self.guard.type} and serve.unguarded = true: the guard would judge nothing; leave one of the two out"
+            )
+        return self

@@ -136,10 +136,12 @@ def _serve(target: "Target", options: Any, log: Path, start_timeout: float, cons
             _wait(model_server, start_timeout, console)
             check_served(target.prompt_format.serving(), model_server.tokenize)
             console.print("vLLM tokenises as the contract says", style="dim")
+            if app.state.gateway.judge is None:
+                console.print("no guardrail: every answer is released unjudged (serve.unguarded)", style="yellow")
             host, port = sock.getsockname()[:2]
             say = f"serving '{target.name}' at http://{host}:{port}/v1"
             _open(app, sock, model_server, lambda: console.print(say, highlight=False, markup=False, soft_wrap=True))
-    except _StopError:
+    except (_StopError, KeyboardInterrupt):  # SIGINT is an orderly end as well
         console.print("stopped", style="dim")
     finally:
         sock.close()

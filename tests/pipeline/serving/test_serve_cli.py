@@ -138,8 +138,21 @@ def test_it_serves_listed_paths_alone_until_it_is_told_to_end(folder, stand_in):
     thread.join(5)
     assert (result.exit_code, answers) == (0, [200, 404, 404]), result.output
     assert "tokenises as the contract says" in result.stderr
+    assert "every answer is released unjudged" in result.stderr
     assert f"serving 'model' at http://127.0.0.1:{port}/v1" in result.stderr
     assert started[0].poll() is not None
+
+
+def test_an_interrupt_is_an_orderly_end_and_leaves_no_log(folder, stand_in, temporary_files):
+    started, port = stand_in(), free_port()
+    _, thread = when_up(port, lambda client: [os.kill(os.getpid(), signal.SIGINT)])
+    result = serve(folder, port, *OPEN)
+    thread.join(5)
+    assert result.exit_code == 0, result.output
+    assert "stopped" in result.stderr
+    assert "--resume" not in result.stderr
+    assert started[0].poll() is not None
+    assert list(temporary_files.iterdir()) == []
 
 
 def test_a_default_system_prompt_with_the_date_in_it_is_left_to_the_template(folder, stand_in, tokenizer, monkeypatch):
@@ -215,6 +228,7 @@ def test_a_port_in_use_is_an_error_before_anything_starts(folder, stand_in, temp
         ((), "serve.guard"),  # a model folder names no guard
         (("serve.guard=embedded",), "BALLAST_API_KEYS"),
         (("serve.prot=1",), "serve.port"),
+        (("serve.guard=embedded", "serve.unguarded=true"), "the guard would judge nothing"),
         (("--adapter",), "--adapter belongs to a run"),
     ],
 )
