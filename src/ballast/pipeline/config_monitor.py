@@ -38,6 +38,12 @@ class MonitorConfig(Component):
     false_trips: float = Field(
         0.05, gt=0, lt=1, description="chance that a model that does not change trips in a whole run"
     )
+    false_lowerings: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="chance that its learning rate is lowered in a whole run, for falls that do not trip; 0 lowers it for none",
+    )
     action: Literal["rollback", "reduce_lr", "stop"] = Field(
         "rollback",
         description="what a trip does: back to the last good point at a lower learning rate; only lower it; or end there",

@@ -233,9 +233,21 @@ def test_a_fall_that_a_second_sample_does_not_confirm_lowers_the_rate_only(train
     run = trainer(steps=1)
     monitor.watch(run)
     run.train()
+    # both samples: 3**-2 = .11, below .25 / 1 evaluation
     assert kinds(monitor) == ["baseline", "monitor", "lower_lr"]
     (_, first, second) = monitor.measure.calls
     assert first[0] != second[0]  # another seed: the same answers would confirm themselves
+
+
+def test_a_fall_that_chance_may_make_changes_nothing_and_is_no_good_point_to_go_back_to(trainer, tmp_path):
+    # step 1 unsure on both samples (.11 is above .05 / 2 evaluations), step 2 fallen: back to step 0, not to step 1
+    monitor = monitor_of(tmp_path, BASE, UNSURE, UNSURE, FALLEN, false_lowerings=0.05)
+    run = trainer(steps=2)
+    monitor.watch(run)
+    run.train()
+    assert kinds(monitor) == ["baseline", "monitor", "monitor", "trip", "rollback", "lower_lr"]
+    assert [event.get("outcome") for event in monitor.events[1:3]] == ["unsure", "trip"]
+    assert monitor.events[4]["to_step"] == 0
 
 
 def test_in_the_cool_down_the_hard_floor_alone_trips(trainer, tmp_path):

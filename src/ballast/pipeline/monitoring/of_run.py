@@ -56,7 +56,8 @@ def monitored(context: "RunContext", trainer: Any, folder: Path, store: "Checkpo
         config.evaluate.threshold,
         config.train.max_unscored_share,
     )
-    keys = ("every_n_steps", "threshold", "hard_floor", "false_trips", "action", "lr_factor", "cooldown", "max_trips")
+    bounds = ("threshold", "hard_floor", "false_trips", "false_lowerings")
+    keys = ("every_n_steps", *bounds, "action", "lr_factor", "cooldown", "max_trips")
     return SafetyMonitor(
         suite,
         judge,
