@@ -1,5 +1,6 @@
 """The gateway as a process: its port, its end, clients that do not read, and OpenAI's own client."""
 
+import asyncio
 import json
 import logging
 import re
@@ -21,6 +22,8 @@ from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_serve import ServeConfig, ServeGuard
 from ballast.pipeline.serving.app import create_app
+from ballast.pipeline.serving.delivery import Delivery
+from ballast.pipeline.serving.release import Ended, Released
 from ballast.pipeline.serving.server import listen, server
 
 CALM = ScriptedGuardrail(lambda exchange, prefix: 0.1)
@@ -321,3 +324,37 @@ def test_the_command_line_loads_no_web_server():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_the_end_waits_for_a_client_that_has_yet_to_take_the_last_words():
+    app = create_app(ServeConfig(), "http://127.0.0.1:9", CALM, api_keys=[KEY])
+    gateway, sent = app.state.gateway, []
+
+    async def release(ask, request_id):
+        yield Released("All of it.")
+        yield Ended("stop")
+
+    async def scenario():
+        taken = asyncio.Event()
+
+        async def send(message):
+            if b"[DONE]" in message.get("body", b""):
+                await taken.wait()  # what came before lies unread
+            sent.append(message.get("body", b""))
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        gateway.releaser.release = release
+        ask = gateway.understanding.chat(json.dumps(BODY).encode())
+        answering = asyncio.ensure_future(Delivery(gateway, ask, "id", "client")({}, receive, send))
+        await asyncio.sleep(0.05)
+        draining = asyncio.ensure_future(gateway.drain(5))
+        await asyncio.sleep(0.05)
+        waited = not draining.done()
+        taken.set()
+        await asyncio.gather(answering, draining)
+        return waited
+
+    assert asyncio.run(scenario())
+    assert sent[-1].endswith(b"data: [DONE]\n\n")

@@ -54,7 +54,8 @@ class Gateway:
         self.releaser = Releaser(settings, self.upstream, self.judge, self.audit, self.metrics)
         self.draining = False
         self.stopped = asyncio.Event()
-        self._in_flight = 0
+        self._in_flight = 0  # being written
+        self._under_way = 0  # these, and those whose last words are on their way to the client
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -74,18 +75,20 @@ class Gateway:
                 headers={"Retry-After": "1"},
             )
         self._in_flight += 1
+        self._under_way += 1
         self.metrics.in_flight.inc()
         self._idle.clear()
 
     def leave(self) -> None:
-        """Count an answer out."""
+        """Give the place of an answer back, which is written to its end."""
         self._in_flight -= 1
         self.metrics.in_flight.dec()
-        if not self._in_flight:
-            self._idle.set()
 
     def record(self, ask: Ask, request_id: str, client: str, end: str, chars: int, seconds: float) -> None:
-        """Record how an answer ended."""
+        """Record how an answer ended, and count it out: nothing more is sent of it."""
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
         route = "chat" if ask.chat else "completions"
         self.metrics.requests.labels(route, end).inc()
         self.audit.write(
@@ -106,7 +109,7 @@ class Gateway:
         self.draining = True
         if await self._wait_idle(seconds):
             return
-        _log.warning("%d answers are not finished after %g s; they are ended", self._in_flight, seconds)
+        _log.warning("%d answers are not finished after %g s; they are ended", self._under_way, seconds)
         self.stopped.set()
         await self._wait_idle(_FAREWELL_S)
 
