@@ -184,6 +184,8 @@ def test_without_an_alignment_there_is_nothing_to_restore(context):
         "restore.aligned=x",
         "restore.keep_gain=1.5",
         'restore.methods=[{"type": "lox", "alpha": [0]}]',
+        'restore.methods=[{"type": "lox", "alpha": [1, 1.0]}]',  # one folder for two
+        'restore.methods=[{"type": "safe-lora", "tau": [0.3, 0.3000001]}]',
         'restore.methods=[{"type": "nlsr", "share": [0]}]',
         'restore.methods=[{"type": "nlsr", "sparsity": 1}]',
         "restore.methods=[]",

@@ -2,12 +2,24 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from ballast.pipeline.config_base import Component, Names
 
+
+def _each_once(values: tuple[float, ...]) -> tuple[float, ...]:
+    # As they stand in the names of files.
+    shown = [f"{value:g}" for value in values]
+    twice = [text for text in shown if shown.count(text) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} comes twice; name each strength once, with at most six digits")
+    return values
+
+
 Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Strengths = Annotated[tuple[Strength, ...], Field(min_length=1)]
+Strengths = Annotated[tuple[Strength, ...], Field(min_length=1), AfterValidator(_each_once)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Cosine = Annotated[float, Field(gt=-1, le=1)]
 _LAYERS = ("*.[0-9]*.*",)
 
 
@@ -24,7 +36,7 @@ class SafeLoraSweep(Component):
     """Safe LoRA: what the tuning changed, projected onto the alignment where it leads away from it."""
 
     type: Literal["safe-lora"] = "safe-lora"
-    tau: Annotated[tuple[Annotated[float, Field(gt=-1, le=1)], ...], Field(min_length=1)] = Field(
+    tau: Annotated[tuple[Cosine, ...], Field(min_length=1), AfterValidator(_each_once)] = Field(
         (0.35,), description="cosines to try, below which a matrix is projected; 1 projects all"
     )
     modules: Names = Field(_LAYERS, description="patterns of tensor names; the default is the matrices of all layers")
@@ -45,7 +57,7 @@ class NLSRSweep(Component):
     """
 
     type: Literal["nlsr"] = "nlsr"
-    share: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = Field(
+    share: Annotated[tuple[Share, ...], Field(min_length=1), AfterValidator(_each_once)] = Field(
         (0.5,), description="shares of the layers to try, the least similar first, that are patched"
     )
     beta: float = Field(0.9, ge=0, description="how far the reference lies beyond the aligned model; 0 takes that one")
