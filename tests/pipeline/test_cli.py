@@ -17,7 +17,9 @@ HEAVY = ("torch", "transformers", "trl", "vllm", "datasets", "scipy", "peft")
 def calls(monkeypatch):
     """Calls of `run`, which is replaced: the command line is tested, and not the run."""
     seen = []
-    monkeypatch.setattr(run, "run", lambda config, stages=None, resume=False: seen.append((config, stages, resume)))
+    monkeypatch.setattr(
+        run, "run", lambda config, stages=None, resume=False, live=True: seen.append((config, stages, resume, live))
+    )
     return seen
 
 
@@ -26,7 +28,7 @@ def failing(monkeypatch):
     """Make `run` raise the given exception."""
 
     def fail_with(error: BaseException) -> None:
-        def fail(config, stages=None, resume=False):
+        def fail(config, stages=None, resume=False, live=True):
             raise error
 
         monkeypatch.setattr(run, "run", fail)
@@ -41,15 +43,21 @@ def invoke(*words: str):
 def test_run_hands_on_the_configuration_with_its_overrides(calls):
     result = invoke("run", "demo", "train.steps=3", "--resume", "name=other")
     assert result.exit_code == 0, result.output
-    ((config, stages, resume),) = calls
-    assert (config.train.steps, config.name, stages, resume) == (3, "other", None, True)
+    ((config, stages, resume, live),) = calls
+    assert (config.train.steps, config.name, stages, resume, live) == (3, "other", None, True, True)
+
+
+@pytest.mark.parametrize("words", [["demo"], ["run", "demo"], ["train", "demo"], ["restore", "stage", "demo"]])
+def test_every_command_that_trains_can_be_told_not_to_draw_a_table(calls, words):
+    assert invoke(*words, "--no-live").exit_code == 0
+    assert [live for *_, live in calls] == [False]
 
 
 @pytest.mark.parametrize("stage", cli.STAGES)
 def test_every_stage_is_a_command_and_an_option_of_run(calls, stage):
     assert invoke(stage, "demo").exit_code == 0
     assert invoke("run", "demo", "--stage", stage).exit_code == 0
-    assert [stages for _, stages, _ in calls] == [[stage], [stage]]
+    assert [stages for _, stages, *_ in calls] == [[stage], [stage]]
 
 
 def test_the_commands_are_the_stages_of_the_graph_in_their_order():
@@ -65,7 +73,7 @@ def test_a_dry_run_names_the_stages_that_would_run():
 
 def test_demo_runs_the_shipped_demo_with_overrides(calls):
     assert invoke("demo", "seed=3").exit_code == 0
-    ((config, stages, _),) = calls
+    ((config, stages, *_),) = calls
     assert (config.name, config.seed, stages) == ("demo", 3, None)
 
 

@@ -76,6 +76,7 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print all of it as YAML, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run: finished stages are kept.")]
+NoLive = Annotated[bool, typer.Option("--no-live", help="A line a step instead of a table that is drawn anew.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,7 +94,9 @@ def _options(
     pass
 
 
-def _execute(path: str, overrides: list[str] | None, stages: list[str] | None, dry_run: bool, resume: bool) -> None:
+def _execute(
+    path: str, overrides: list[str] | None, stages: list[str] | None, dry_run: bool, resume: bool, no_live: bool
+) -> None:
     from ballast.pipeline.config_loading import config_hash, dump_config, load_config
 
     config = load_config(path, overrides or [])
@@ -110,13 +113,13 @@ def _execute(path: str, overrides: list[str] | None, stages: list[str] | None, d
         names = stages or run.planned(config)
         print(f"# {config_hash(config)[:12]}  stages: {' '.join(names)}\n{dump_config(config)}", end="")
     else:
-        run.run(config, stages=stages, resume=resume)
+        run.run(config, stages=stages, resume=resume, live=not no_live)
 
 
 @app.command("demo")
-def demo(overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
+def demo(overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False, no_live: NoLive = False) -> None:
     """The main job on the embedded model and guard: about 12 minutes on two CPU cores."""
-    _execute("demo", overrides, None, dry_run, resume)
+    _execute("demo", overrides, None, dry_run, resume, no_live)
 
 
 @app.command("run")
@@ -128,16 +131,23 @@ def run_all(
     ] = None,
     dry_run: DryRun = False,
     resume: Resume = False,
+    no_live: NoLive = False,
 ) -> None:
     """All stages of a configuration; those that are done are not done again."""
     if stage is not None and stage not in STAGES:
         raise ConfigError(f"--stage {stage}: there is no such stage; choose one of {', '.join(STAGES)}")
-    _execute(config, overrides, [stage] if stage else None, dry_run, resume)
+    _execute(config, overrides, [stage] if stage else None, dry_run, resume, no_live)
 
 
 def _stage_command(name: str) -> Callable[..., None]:
-    def command(config: Config, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
-        _execute(config, overrides, [name], dry_run, resume)
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        resume: Resume = False,
+        no_live: NoLive = False,
+    ) -> None:
+        _execute(config, overrides, [name], dry_run, resume, no_live)
 
     return command
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,6 +25,7 @@ from ballast.pipeline.data import Row
 from ballast.pipeline.evaluation.suites import SuitePrompt
 from ballast.pipeline.generation import Generator, TransformersGenerator, VLLMGenerator
 from ballast.pipeline.generation import Progress as Report
+from ballast.pipeline.live_view import LiveTable
 from ballast.pipeline.prompting import PromptFormat
 from ballast.pipeline.run_folder import RunFolder
 from ballast.pipeline.vllm_engine import VLLMEngine
@@ -32,12 +34,20 @@ _FORMATS = ("prompt_format", "serving_format")  # made from the configuration's 
 
 
 class RunContext:
-    """Shared by the stages of one call; `close` frees the engine."""
+    """Shared by the stages of one call; `close` frees the engine.
 
-    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
+    Args:
+        config: the run.
+        console: where lines, bars and tables go.
+        live: show a training as one table drawn anew, where the console is a terminal; else as a line a step.
+    """
+
+    def __init__(self, config: RunConfig, console: Console | None = None, live: bool = True) -> None:
         self.config = config
         self.folder = RunFolder(Path(config.out).expanduser() / config.name)
         self.console = console or Console(stderr=True)
+        # Interactive: a terminal, and one whose cursor can be moved.
+        self.shows_table = live and self.console.is_interactive
         self._loaded: str | None = None
 
     @cached_property
@@ -185,6 +195,20 @@ class RunContext:
             for name in _FORMATS:
                 self.__dict__.pop(name, None)
             self.__dict__.update(made)
+
+    @contextmanager
+    def live(self, stage: str) -> Iterator[None]:
+        """A table of the training in the block, which stays as it is at the end; lines that are said meanwhile go above it.
+
+        Args:
+            stage: whose lines of metrics.jsonl it shows.
+        """
+        if not self.shows_table:
+            yield
+            return
+        table = LiveTable(stage)
+        with Live(table, console=self.console, refresh_per_second=2), self.folder.followed_by(table.read):
+            yield
 
     def say(self, text: str) -> None:
         """One line to the terminal. Never the text of a prompt or a completion."""

@@ -81,7 +81,11 @@ STAGES: dict[str, Stage] = {
 
 
 def run(
-    config: RunConfig, stages: Sequence[str] | None = None, resume: bool = False, context: RunContext | None = None
+    config: RunConfig,
+    stages: Sequence[str] | None = None,
+    resume: bool = False,
+    context: RunContext | None = None,
+    live: bool = True,
 ) -> RunContext:
     """Run stages of a configuration, in order, in this process.
 
@@ -92,6 +96,7 @@ def run(
         stages: names of stages; None for the whole run.
         resume: go on in a run folder in which a stage was left unfinished; from its last checkpoint where it has some.
         context: shared parts from an earlier call, for callers that run several configurations.
+        live: show a training as one table drawn anew, where the output is a terminal; a `context` has a setting of its own.
 
     Returns:
         The context, closed unless it was passed in.
@@ -103,7 +108,7 @@ def run(
     """
     names = _planned(config, stages)
     own = context is None
-    context = context or RunContext(config)
+    context = context or RunContext(config, live=live)
     try:
         _check_folder(context, resume)
         for i, name in enumerate(names):

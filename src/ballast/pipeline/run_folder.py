@@ -20,7 +20,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._readers: list[Callable[[Mapping[str, Any]], None]] = []
 
     def stage(self, name: str) -> Path:
         """The folder of a finished stage.
@@ -186,11 +187,23 @@ class RunFolder:
             BallastError: it cannot be written.
         """
         path = self.path / "metrics.jsonl"
-        whole = json.dumps(_finite({"time": round(time.time(), 3), **line}), ensure_ascii=False, allow_nan=False)
+        logged = _finite({"time": round(time.time(), 3), **line})
+        whole = json.dumps(logged, ensure_ascii=False, allow_nan=False)
         with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as handle:
                 handle.write(whole + "\n")
+        for read in self._readers:
+            read(logged)
+
+    @contextmanager
+    def followed_by(self, read: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+        """Give every line that is logged in the block to `read`, too."""
+        self._readers.append(read)
+        try:
+            yield
+        finally:
+            self._readers.remove(read)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from ballast.pipeline.training.callbacks import MetricsCallback
 def test_the_reward_shown_is_ours_and_a_figure_without_a_value_is_left_out() -> None:
     said: list[str] = []
     written: list[dict[str, Any]] = []
-    context = SimpleNamespace(folder=SimpleNamespace(log=written.append), say=said.append)
+    context = SimpleNamespace(folder=SimpleNamespace(log=written.append), say=said.append, shows_table=False)
     state = SimpleNamespace(global_step=1, max_steps=4)
     # TRL's own sum counts an unscored row's STAR as 0; and its average of nothing is None.
     logs = {"loss": 0.5, "reward": 9.0, "reward/total": 0.25, "risk/mean": None}
@@ -23,7 +23,7 @@ def test_the_reward_shown_is_ours_and_a_figure_without_a_value_is_left_out() -> 
 
 def test_the_time_left_of_a_resumed_training_is_by_its_own_steps(monkeypatch: Any) -> None:
     said: list[str] = []
-    context = SimpleNamespace(folder=SimpleNamespace(log=lambda line: None), say=said.append)
+    context = SimpleNamespace(folder=SimpleNamespace(log=lambda line: None), say=said.append, shows_table=False)
     callback = MetricsCallback(context, "train")  # type: ignore[arg-type]
     seconds = iter((100.0, 104.0))
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
