@@ -7,12 +7,13 @@ import pytest
 import torch
 from tests.pipeline.restoration.checkpoints import MATRICES, SHAPES, close, load, lora, low_rank
 
-from ballast.errors import ConfigError
+from ballast.errors import ConfigError, ModelError
 from ballast.pipeline.restoration.adapters import Adapter
 from ballast.pipeline.restoration.low_rank import truncate
 from ballast.pipeline.restoration.lox import Lox, lox
 from ballast.pipeline.restoration.models import open_models
 from ballast.pipeline.restoration.nlsr.lora import restore_as_lora
+from ballast.pipeline.restoration.output import RestorationError
 from ballast.pipeline.restoration.restore import restore
 from ballast.pipeline.restoration.safe_lora import SafeLora, project
 from ballast.pipeline.restoration.task_arithmetic import Resta
@@ -159,6 +160,58 @@ def test_lox_of_loras_may_stay_a_lora_and_loses_nothing(three, tuned, rank):
     full = load(three.folder / "full")
     for name in SHAPES:
         assert close(again.tensor(name).numpy(), full[name])
+
+
+def test_a_method_that_looks_at_nothing_is_refused_for_a_lora_as_well(three):
+    lora(three.folder / "t", three.base, seed=6)
+    models = open_models(three.base, three.aligned, str(three.folder / "t"))
+    with pytest.raises(ConfigError, match="lox looks at no tensor"):
+        restore_as_lora(Lox(modules=("*.nothing.*",)), models, three.folder / "thin", 4)
+    assert not (three.folder / "thin").exists()
+
+
+def test_a_lora_that_has_not_learnt_is_written_and_said_to_be_unchanged(three):
+    from safetensors.numpy import load_file, save_file
+
+    lora(three.folder / "t", three.base, seed=6)
+    file = three.folder / "t" / "adapter_model.safetensors"
+    stored = {key: 0 * value if "lora_B" in key else value for key, value in load_file(file).items()}
+    save_file(stored, file)
+    models = open_models(three.base, three.aligned, str(three.folder / "t"))
+    restored = restore_as_lora(Lox(alpha=0.0), models, three.folder / "thin", 4)
+    assert "0.00% is lost" in restored.notes[0]
+    assert any("no tensor was changed" in note for note in restored.notes)
+
+
+def test_a_computed_buffer_that_only_the_tuned_file_has_stays_as_it_is(three):
+    from safetensors.numpy import save_file
+
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    three.tuned_arrays[name] = np.ones(2, dtype=np.float32)
+    save_file(three.tuned_arrays, three.folder / "tuned" / "model.safetensors")
+    restored = run(Resta(gamma=0.5), three, "out")
+    found = load(three.folder / "out")
+    assert (found[name] == 1).all()
+    assert name not in restored.changed
+    assert restored.unselected == 1
+    models = open_models(three.base, three.aligned, three.tuned)
+    with pytest.raises(ModelError, match="cannot hold that"):  # the norms; the buffer is no obstacle
+        restore_as_lora(Lox(), models, three.folder / "thin", 4)
+
+
+def test_a_lora_that_overflows_its_bases_dtype_is_refused_where_the_method_leaves_it_alone(three):
+    from safetensors.numpy import load_file, save_file
+
+    half = {key: value.astype(np.float16) for key, value in three.base_arrays.items()}
+    save_file(half, three.folder / "base" / "model.safetensors")
+    lora(three.folder / "t", three.base, seed=6)
+    file = three.folder / "t" / "adapter_model.safetensors"
+    # Products of 300 and 300 are beyond 65504, the largest number in fp16.
+    stored = {key: np.full_like(value, 300) for key, value in load_file(file).items()}
+    save_file(stored, file)
+    with pytest.raises(RestorationError, match=r"torch\.float16 after merging the LoRA; give a base"):
+        run(Lox(alpha=0.0), three, "out", tuned="t")
+    assert not (three.folder / "out").exists()
 
 
 def test_resta_and_safe_lora_take_loras_over_base_and_aligned(three):

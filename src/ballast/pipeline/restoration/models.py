@@ -29,6 +29,10 @@ class Models:
         """Those that are different objects."""
         return [self.base, self.aligned, *([] if self.tuned is self.aligned else [self.tuned])]
 
+    def shared(self) -> frozenset[str]:
+        """Names of the tensors that all of them store; buffers that are computed anew may be in some files only."""
+        return frozenset.intersection(*(frozenset(weights.names) for weights in self.each()))
+
 
 def open_models(base: str, aligned: str, tuned: str | None = None, over: Mapping[str, str] | None = None) -> Models:
     """Open the models of a restoration and see that they belong together.

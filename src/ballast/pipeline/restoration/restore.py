@@ -72,10 +72,9 @@ def restore(
     """
     tuned = models.tuned
     specs = [TensorSpec(name, tuned.dtype(name), tuned.shape(name)) for name in tuned.names]
-    selected = [spec.name for spec in specs if spec.dtype.is_floating_point and method.selects(spec.name, spec.shape)]
     inputs = [weights.folder for weights in models.each()]
     check_output(out, inputs)
-    _check_selection(method, selected, specs)
+    selected = selection(method, models)
     work = _Work(method, models, frozenset(selected), device, len(specs), on_tensor)
     with output_folder(out, inputs, sum(spec.nbytes for spec in specs)) as scratch:
         # Before the weights: a bad input is then found before much is computed.
@@ -83,7 +82,7 @@ def restore(
         digests = write_shards(scratch, specs, work.make, shard_bytes)
         copy_companions(tuned, scratch)
         carry_record(tuned.folder, scratch, digests)
-        restored = work.restored(out, _notes(selected, work.changed))
+        restored = work.restored(out, notes_on(selected, work.changed))
         write_restoration(scratch, restored, method, prints, digests)
     return restored
 
@@ -147,10 +146,14 @@ class _Work:
         tuned = self.models.tuned
         change = self._change(name) if name in self.selected else None
         if change is None or change.tensor is None:
-            tensor = tuned.tensor(name).to(tuned.dtype(name))
+            kept = tuned.tensor(name)
+            tensor = kept.to(tuned.dtype(name))
+            if tensor.dtype != kept.dtype:  # a LoRA was merged in fp32
+                self._check_result(tensor, name, "merging the LoRA", "give a base in bfloat16 or float32")
         else:
             tensor = change.tensor.to("cpu", tuned.dtype(name))
-            self._check_result(tensor, name)
+            what = f"{self.method.name} ({self.method.settings()})"
+            self._check_result(tensor, name, what, "choose a smaller strength")
         self.done += 1
         if self.on_tensor is not None:
             self.on_tensor(name, self.done, self.total)
@@ -162,11 +165,10 @@ class _Work:
         (self.kept if change.tensor is None else self.changed)[name] = change.figures
         return change
 
-    def _check_result(self, tensor: torch.Tensor, name: str) -> None:
+    def _check_result(self, tensor: torch.Tensor, name: str, what: str, remedy: str) -> None:
         if not all_finite(tensor):
             raise RestorationError(
-                f"tensor '{name}' would hold infinite values in {tensor.dtype} after {self.method.name} "
-                f"({self.method.settings()}); choose a smaller strength"
+                f"tensor '{name}' would hold infinite values in {tensor.dtype} after {what}; {remedy}"
             )
 
     def restored(self, out: Path, notes: tuple[str, ...]) -> Restored:
@@ -174,16 +176,30 @@ class _Work:
         return Restored(out, self.method.name, self.changed, self.kept, self.total - len(self.selected), notes)
 
 
-def _check_selection(method: Method, selected: Sequence[str], specs: Sequence[TensorSpec]) -> None:
+def selection(method: Method, models: Models) -> list[str]:
+    """Names of the tensors that a method looks at.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    tuned, shared = models.tuned, models.shared()
+    selected = [
+        name
+        for name in tuned.names
+        if name in shared and tuned.dtype(name).is_floating_point and method.selects(name, tuned.shape(name))
+    ]
     if not selected:
-        some = ", ".join(spec.name for spec in specs if len(spec.shape) == 2)[:200]
+        some = ", ".join(name for name in tuned.names if len(tuned.shape(name)) == 2)[:200]
         raise ConfigError(
             f"{method.name} looks at no tensor of this model with its settings {method.settings()}; modules are patterns of "
             f"tensor names, and only matrices count, such as {some}"
         )
 
+    return selected
 
-def _notes(selected: Sequence[str], changed: Mapping[str, Any]) -> tuple[str, ...]:
+
+def notes_on(selected: Sequence[str], changed: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the reader should know of a restoration: fused matrices, and that nothing was changed."""
     notes = []
     if fused := [name for name in selected if any(part in name for part in _FUSED)]:
         notes.append(

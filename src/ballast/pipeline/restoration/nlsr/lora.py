@@ -18,7 +18,7 @@ from ballast.pipeline.restoration.low_rank import truncate
 from ballast.pipeline.restoration.methods import LAYERS, Change, Method, Triple, is_matrix, matches
 from ballast.pipeline.restoration.models import Models, fingerprint
 from ballast.pipeline.restoration.output import copy_companions, output_folder
-from ballast.pipeline.restoration.restore import Restored, write_restoration
+from ballast.pipeline.restoration.restore import Restored, notes_on, selection, write_restoration
 from ballast.pipeline.restoration.weights import Factors, Weights, difference
 
 LOST = "lora_error"  # |D - its LoRA|_F / |D|_F, among the figures of a tensor
@@ -58,7 +58,7 @@ def restore_as_lora(
         As `restore` does; the figure `lora_error` of a tensor says what its factors lose, and a note what all do.
 
     Raises:
-        ConfigError: `out` is not free, or a rank below 1.
+        ConfigError: `out` is not free, a rank below 1, or the method looks at no tensor of this model.
         ModelError: the models differ in what is no matrix of a linear module, such as a norm or the embedding.
         RestorationError: the folder cannot be written.
     """
@@ -68,10 +68,12 @@ def restore_as_lora(
     found: dict[str, _Module] = {}
     changed: dict[str, dict[str, float]] = {}
     kept: dict[str, dict[str, float]] = {}
-    names = models.tuned.names
+    shared, selected = models.shared(), selection(method, models)
+    chosen = frozenset(selected)
+    names = [name for name in models.tuned.names if name in shared]
     with output_folder(out, [weights.folder for weights in models.each()], _size(models, rank)) as scratch:
         for done, name in enumerate(names, start=1):
-            selects = method.selects(name, models.tuned.shape(name))
+            selects = name in chosen
             change = method.change(Triple(name, *_three(models), device)) if selects else Change(None)
             module = _factored(change, models.tuned, over, name, rank)
             if module is not None:
@@ -87,11 +89,12 @@ def restore_as_lora(
             )
         width = _write(scratch, found, over)
         total, lost_all = sum(m.total for m in found.values()), sum(m.lost for m in found.values())
+        share = math.sqrt(lost_all / total) if total else 0.0  # factors of a LoRA that has not learnt have no product
         note = (
-            f"a LoRA of rank {width} over {over.label}; of the difference from it {math.sqrt(lost_all / total):.2%} is lost "
-            "(Frobenius norm)"
+            f"a LoRA of rank {width} over {over.label}; of the difference from it {share:.2%} is lost (Frobenius norm)"
         )
-        restored = Restored(out, method.name, changed, kept, len(names) - len(changed) - len(kept), (note,))
+        notes = (note, *notes_on(selected, changed))
+        restored = Restored(out, method.name, changed, kept, len(models.tuned.names) - len(selected), notes)
         _complete(scratch, method, models, restored)
     return restored
 
