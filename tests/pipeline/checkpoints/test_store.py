@@ -323,6 +323,34 @@ def test_a_disk_that_is_full_leaves_the_former_checkpoint_whole(trainer, tmp_pat
     assert store.save(trainer, 5).step == 5  # with room again
 
 
+@pytest.mark.parametrize("pages", [0, 5])
+def test_on_a_small_disk_that_is_full_the_former_checkpoint_stays_and_the_next_one_is_made_with_room(
+    trainer, small_disk, pages
+):
+    """Full at the first file, and half-way: a checkpoint takes 14 pages or more."""
+    store = CheckpointStore(small_disk.path / "checkpoints")
+    trainer.train()
+    store.save(trainer, 4, ["good"])
+    small_disk.fill(leave=4096 * pages)
+    with pytest.raises(CheckpointError, match=r"to '.*step-00000005' \(.*make room on the disk .* --resume"):
+        store.save(trainer, 5)
+    assert (steps(store), store.last_good().step) == ([4], 4)
+    small_disk.make_room()
+    assert store.save(trainer, 5).step == 5
+
+
+def test_on_a_disk_that_may_not_be_written_the_former_checkpoint_can_be_gone_back_to(trainer, small_disk):
+    store = CheckpointStore(small_disk.path / "checkpoints")
+    trainer.train()
+    store.save(trainer, 4, ["good"])
+    small_disk.make_read_only()
+    with pytest.raises(CheckpointError, match=r"step-00000005' \(.*Read-only file system.*give write permission"):
+        store.save(trainer, 5)
+    with pytest.raises(CheckpointError, match=r"tags\.json' \(.*Read-only file system"):
+        store.tag(4, "best")
+    store.load(trainer, store.last_good())
+
+
 def test_grpo_is_saved_when_its_completions_are_used_up():
     # 4 micro-batches a generation, used twice, with 2 micro-batches a step: 4 * 2 / 2 = every 4th step.
     arguments = SimpleNamespace(steps_per_generation=4, num_iterations=2, gradient_accumulation_steps=2)
