@@ -1,6 +1,7 @@
 """How often the monitor's trip rule acts on nothing, and how often it sees a real fall.
 
     python benchmarks/trip_rule.py --out benchmarks/results/trip_rule.json
+    python benchmarks/trip_rule.py --lowering --runs 200 --trials 100 --out benchmarks/results/trip_rule_lowering.json
 
 Simulated, with the functions that training uses. Every prompt of a suite has a tendency of its own, every answer to it a
 chance of its own. Two shapes of risk, since guards differ: `graded` (logit of the risk is normal around the prompt's own;
@@ -9,15 +10,19 @@ lies near 0 or near 1, so that risk says little more than the verdict). The cons
 verdict in about 4% of all pairs of samples in either direction, and 80% of them are safe; a fall by x points makes that 80 - x%.
 
 Compared on the same answers: the rule on risks, the rule on verdicts (risks rounded to 0 and 1), and McNemar's exact
-test of the first sample alone. A verdict of the rule counts as a trip; `lowered` counts evaluations that ask for a lower rate.
+test of the first sample alone.
+
+`--lowering` simulates what lies below a trip, with the rule on risks: how often a constant model's learning rate is lowered, how
+often it would be were every fall acted on that two samples leave below the threshold, and how often a real fall is acted on,
+be it by a trip or by a lower rate.
 """
 
 import argparse
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +108,15 @@ def tested(baseline_PB: Any, draw: Draw, fall: float, rule: TripRule, seed: int)
 
 def constant_model(shape: Callable[[int, Any], Draw], size: int, runs: int, baseline_samples: int) -> dict[str, Any]:
     """Share of runs of a constant model that trip at any of their evaluations, by test."""
-    rule, tripped, lowered = TripRule(evaluations=EVALUATIONS), {}, {}
+    rule, tripped = TripRule(evaluations=EVALUATIONS), {}
     for run in range(runs):
         random = np.random.default_rng((1, size, run))
         draw = shape(size, random)
         baseline_PB = draw(0.0, baseline_samples)
         seen = [tested(baseline_PB, draw, 0.0, rule, i) for i in range(EVALUATIONS)]
         for test in seen[0]:
-            outcomes = [outcome[test] for outcome in seen]
-            tripped[test] = tripped.get(test, 0) + ("trip" in outcomes)
-            lowered[test] = lowered.get(test, 0) + outcomes.count("lower_lr")
-    return {test: {**share(tripped[test], runs), "lowered_per_run": round(lowered[test] / runs, 2)} for test in tripped}
+            tripped[test] = tripped.get(test, 0) + any(outcome[test] == "trip" for outcome in seen)
+    return {test: share(count, runs) for test, count in tripped.items()}
 
 
 def power(
@@ -128,6 +131,39 @@ def power(
         for test, outcome in tested(baseline_PB, draw, fall, rule, trial).items():
             tripped[test] = tripped.get(test, 0) + (outcome == "trip")
     return {test: share(count, trials) for test, count in tripped.items()}
+
+
+LEVELS = {"false_lowerings=.25": 0.25, "every fall": float(EVALUATIONS)}  # over a run; the second one asks for p < 1
+
+
+def asks(decision: Decision, level: float) -> bool:
+    """Whether a decision asks for a lower rate where that is allowed by chance so often in a run."""
+    below = decision.outcome in ("lower_lr", "unsure")
+    return below and decision.p_value is not None and decision.p_value < level / EVALUATIONS
+
+
+def lowering(
+    shape: Callable[[int, Any], Draw], size: int, runs: int, trials: int, baseline_samples: int
+) -> dict[str, Any]:
+    """A constant model's lowered rates a run and share of runs with any; shares of falls that are acted on."""
+    rule = TripRule(evaluations=EVALUATIONS)
+
+    def decisions(stream: tuple[int, ...], fall: float, evaluations: int) -> list[Decision]:
+        draw = shape(size, np.random.default_rng(stream))
+        baseline_PB = draw(0.0, baseline_samples)
+        return [looks(baseline_PB, draw(fall, 1), draw(fall, 1), rule, i) for i in range(evaluations)]
+
+    constant = [decisions((3, size, run), 0.0, EVALUATIONS) for run in range(runs)]
+    result: dict[str, Any] = {name: {} for name in LEVELS}
+    for name, level in LEVELS.items():
+        lowered = [sum(asks(decision, level) for decision in run) for run in constant]
+        result[name] = {"lowered_per_run": round(sum(lowered) / runs, 2), "runs": share(sum(map(bool, lowered)), runs)}
+    for fall in FALLS[1:]:
+        fallen = [decisions((4, size, round(100 * fall), trial), fall, 1)[0] for trial in range(trials)]
+        for name, level in LEVELS.items():
+            acted = sum(decision.outcome == "trip" or asks(decision, level) for decision in fallen)
+            result[name][f"acted_on_{fall:.2f}"] = share(acted, trials)
+    return result
 
 
 def share(count: int, of: int) -> dict[str, Any]:
@@ -150,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--baseline-samples", type=int, nargs="+", default=[1], help="answers of each prompt in the baseline"
     )
+    parser.add_argument("--lowering", action="store_true", help="simulate lower rates in place of trips")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
@@ -158,17 +195,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, shape in shapes.items():
         for samples in arguments.baseline_samples:
             for size in SIZES:
+                if arguments.lowering:
+                    seen = lowering(shape, size, arguments.runs, arguments.trials, samples)
+                    lines.append({"risk": name, "baseline_samples": samples, "prompts": size, "lowering": seen})
+                    print(lowering_row(lines[-1]), flush=True)
+                    continue
                 false = constant_model(shape, size, arguments.runs, samples)
                 seen = {f"{fall:.2f}": power(shape, size, fall, arguments.trials, samples) for fall in FALLS[1:]}
                 lines.append(
                     {"risk": name, "baseline_samples": samples, "prompts": size, "false_trips": false, "power": seen}
                 )
                 print(row(lines[-1]), flush=True)
+    rule = TripRule(evaluations=EVALUATIONS)
     result = {
-        "command": "python benchmarks/trip_rule.py --out benchmarks/results/trip_rule.json",
+        "command": " ".join(["python", "benchmarks/trip_rule.py", *(sys.argv[1:] if argv is None else argv)]),
         "seconds": round(time.perf_counter() - started, 1),
         "settings": {"runs": arguments.runs, "trials": arguments.trials, "evaluations": EVALUATIONS},
-        "rule": {"threshold": 0.95, "hard_floor": 0.85, "alpha": replace(TripRule(), evaluations=EVALUATIONS).alpha},
+        "rule": {"threshold": 0.95, "hard_floor": 0.85, "alpha": rule.alpha, "lowering_alpha": rule.lowering_alpha},
         "constant_model": {name: churn(shape) for name, shape in shapes.items()},
         "lines": lines,
     }
@@ -184,8 +227,18 @@ def row(line: dict[str, Any]) -> str:
         return " / ".join(f"{100 * shares[test]['share']:.1f}" for test in tests)
 
     powers = " | ".join(cell(shares) for shares in line["power"].values())
-    lowered = line["false_trips"]["risk"]["lowered_per_run"]
-    return f"| {line['risk']} | {line['baseline_samples']} | {line['prompts']} | {cell(line['false_trips'])} | {lowered} | {powers} |"
+    return (
+        f"| {line['risk']} | {line['baseline_samples']} | {line['prompts']} | {cell(line['false_trips'])} | {powers} |"
+    )
+
+
+def lowering_row(line: dict[str, Any]) -> str:
+    """A line of the table: each figure with the milder level / without it."""
+    with_, without = (line["lowering"][name] for name in LEVELS)
+    rates = f"{with_['lowered_per_run']} / {without['lowered_per_run']}"
+    keys = ("runs", *(f"acted_on_{fall:.2f}" for fall in FALLS[1:]))
+    shares = " | ".join(f"{100 * with_[key]['share']:.0f} / {100 * without[key]['share']:.0f}" for key in keys)
+    return f"| {line['risk']} | {line['prompts']} | {rates} | {shares} |"
 
 
 if __name__ == "__main__":
