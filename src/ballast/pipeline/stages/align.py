@@ -65,7 +65,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     )
     quiet(trainer)
     started = time.perf_counter()
-    trainer.train()
+    with context.live("align"):
+        trainer.train()
     seconds = time.perf_counter() - started
     tokens = sum(len(example["input_ids"]) for example in examples) * settings.epochs
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")

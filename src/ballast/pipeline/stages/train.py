@@ -88,7 +88,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     quiet(trainer)
     monitor = monitored(context, trainer, folder, training.store)
     context.forget_weights()
-    seconds = training.train(trainer)
+    with context.live("train"):
+        seconds = training.train(trainer)
     if monitor is None or not monitor.stopped:
         check_all_steps_done(trainer.state.global_step, config.train.steps)
     trainer.model.save_pretrained(folder / "adapter")

@@ -66,7 +66,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     quiet(trainer)
     training = ResumableTraining(context, folder)
     monitored(context, trainer, folder, training.store)
-    seconds = training.train(trainer)
+    with context.live("train"):
+        seconds = training.train(trainer)
     trainer.model.save_pretrained(folder / "adapter")
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
     done = trainer.state.global_step
