@@ -10,9 +10,10 @@ from ballast.errors import ConfigError, DataError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import dump_config, load_config
 from ballast.pipeline.context import RunContext
-from ballast.pipeline.run import _check_parts, stage_of, stage_settings
+from ballast.pipeline.run_checks import check_parts
 from ballast.pipeline.safe_updates import safegrad_callbacks, safegrad_rows
 from ballast.pipeline.safety_layers import preference_rows, safety_rows
+from ballast.pipeline.stage_graph import stage_of, stage_settings
 from ballast.pipeline.stages import train_sft
 
 ROWS = [
@@ -79,7 +80,7 @@ def test_alignment_rows_that_are_measured_on_stop_the_run_before_its_first_stage
         f"data.test={json.dumps(str(test))}",
     )
     with pytest.raises(DataError, match=r"1 of 2 rows of safegrad\.data are prompts of data\.test too"):
-        _check_parts(RunContext(config, Console(file=io.StringIO())), ["train"])
+        check_parts(RunContext(config, Console(file=io.StringIO())), ["train"])
 
 
 @pytest.mark.parametrize("measured", ["data.test", "monitor.suite"])

@@ -87,12 +87,12 @@ def test_options_come_from_a_file_of_their_own_or_from_a_run_and_set_goes_over_t
 
 
 def test_training_under_a_licence_that_forbids_it_is_warned_of_once_and_measuring_is_not(tmp_path):
-    from ballast.pipeline.run import _check_parts
+    from ballast.pipeline.run_checks import check_parts
 
     def said(*stages: str, model: str) -> str:
         config = load_config("demo", ["guard.type=prompted", f"guard.model={model}", f"out={tmp_path}"])
         context = RunContext(config, Console(file=io.StringIO(), width=1000))
-        _check_parts(context, stages)
+        check_parts(context, stages)
         return context.console.file.getvalue()
 
     warning = said("train", "evaluate", model="meta-llama/Meta-Llama-Guard-2-8B")

@@ -14,7 +14,8 @@ from ballast.errors import ConfigError, DataError, EngineError, ModelError
 from ballast.pipeline import cli
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
-from ballast.pipeline.run import STAGES, run
+from ballast.pipeline.run import run
+from ballast.pipeline.stage_graph import STAGES
 from ballast.pipeline.template_contract import TemplateContract
 
 ORDER = [name for name, stage in STAGES.items() if stage.in_run]

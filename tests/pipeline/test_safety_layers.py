@@ -12,7 +12,8 @@ from ballast.pipeline import safety_layers
 from ballast.pipeline.config_loading import dump_config, load_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.data import Row, load_rows
-from ballast.pipeline.run import _check_parts, planned, stage_of, stage_settings
+from ballast.pipeline.run_checks import check_parts
+from ballast.pipeline.stage_graph import planned, stage_of, stage_settings
 from ballast.pipeline.stages import localize, train_sft
 
 ROWS = [
@@ -138,7 +139,7 @@ def test_probing_takes_harmful_rows_alone_and_says_what_is_missing(configured, t
     pairs.write_text("\n".join(json.dumps(r) for r in (row, row | {"prompt": "Another one", "bad": None})))
     given = ["probing.enabled=true", f"probing.data={json.dumps(str(pairs))}", "probing.rejected_column=bad"]
     with pytest.raises(DataError, match="1 of 2 harmful rows"):
-        _check_parts(RunContext(configured(*given), Console(file=io.StringIO())), ["train"])
+        check_parts(RunContext(configured(*given), Console(file=io.StringIO())), ["train"])
     pairs.write_text(json.dumps(row))
     (pair,) = safety_layers.preference_rows(configured(*given))
     assert (pair["chosen"], pair["rejected"]) == ("No.", "Yes.")

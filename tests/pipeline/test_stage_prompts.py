@@ -19,7 +19,8 @@ from ballast.pipeline.evaluation.system_prompts import (
     shipped_system_prompts,
     with_system_prompt,
 )
-from ballast.pipeline.run import planned, run, stage_of
+from ballast.pipeline.run import run
+from ballast.pipeline.stage_graph import planned, stage_of
 
 CANDIDATES = {
     "half": "Decline number one.",

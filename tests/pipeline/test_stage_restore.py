@@ -14,7 +14,9 @@ from ballast.errors import ConfigError, DataError
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.config_restore import LoxSweep, RestoreConfig
 from ballast.pipeline.restoration.nlsr.settings import NLSRSettings
-from ballast.pipeline.run import _check_parts, planned, run, stage_inputs, stage_of, stage_settings
+from ballast.pipeline.run import run
+from ballast.pipeline.run_checks import check_parts
+from ballast.pipeline.stage_graph import planned, stage_inputs, stage_of, stage_settings
 from ballast.pipeline.stages.restore import candidates
 
 pytestmark = pytest.mark.model
@@ -154,7 +156,7 @@ def test_nlsr_without_a_harmful_row_to_calibrate_on_is_refused_before_anything_i
     rows = [{"prompt": "How do I boil an egg?", "kind": "ordinary", "response": ANSWERS}]
     (tmp_path / "answered.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     with pytest.raises(DataError, match=r"nlsr.*align\.data"):
-        _check_parts(nlsr_context, ["restore"])
+        check_parts(nlsr_context, ["restore"])
 
 
 def test_a_restoration_by_nlsr_is_not_taken_for_done_when_its_calibration_rows_have_changed(nlsr_context):

@@ -5,7 +5,7 @@ import pytest
 from ballast.errors import ConfigError
 from ballast.pipeline.config_loading import dump_config, load_config, strategies
 from ballast.pipeline.monitoring.of_run import monitor_suite
-from ballast.pipeline.run import planned, stage_of
+from ballast.pipeline.stage_graph import planned, stage_of
 
 
 @pytest.mark.parametrize("base", ["demo", "grpo", "sft"])

@@ -18,7 +18,7 @@ from ballast.pipeline.config_loading import dump_config, load_config
 from ballast.pipeline.config_rewards import RewardConfig, TaskRewardConfig
 from ballast.pipeline.config_train import TrainConfig
 from ballast.pipeline.data import training_rows
-from ballast.pipeline.run import _check_rewards
+from ballast.pipeline.run_checks import _check_rewards
 from ballast.pipeline.stages.train import grpo_arguments
 from ballast.pipeline.task_rewards import columns_read, refusal_detector, task_rewards
 from ballast.rewards.refusal_guard import GuardRefusalDetector, keyword_detector

@@ -12,7 +12,7 @@ from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
-from ballast.pipeline.run import planned, stage_of, stage_settings
+from ballast.pipeline.stage_graph import planned, stage_of, stage_settings
 from ballast.pipeline.stages import train_sft
 
 pytestmark = pytest.mark.model

@@ -18,7 +18,7 @@ import ballast
 from ballast.errors import BallastError, ConfigError
 from ballast.pipeline import guard_cli, restore_cli, serve_cli
 
-# The stages of `ballast.pipeline.run`, whose import help does not wait for, with the line that it shows.
+# The stages of `ballast.pipeline.stage_graph`, whose import help does not wait for, with the line that it shows.
 STAGES = {
     "baseline": "Measure the start model on the test prompts.",
     "align": "Warm start: LoRA SFT on answers, merged into a model folder.",
@@ -108,9 +108,10 @@ def _execute(
         quiet_libraries()
         keep_freed_memory()
     from ballast.pipeline import run
+    from ballast.pipeline.stage_graph import planned
 
     if dry_run:
-        names = stages or run.planned(config)
+        names = stages or planned(config)
         print(f"# {config_hash(config)[:12]}  stages: {' '.join(names)}\n{dump_config(config)}", end="")
     else:
         run.run(config, stages=stages, resume=resume, live=not no_live)

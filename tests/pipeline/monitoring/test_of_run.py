@@ -11,7 +11,7 @@ from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.monitoring.of_run import monitor_suite
-from ballast.pipeline.run import stage_of
+from ballast.pipeline.stage_graph import stage_of
 from ballast.pipeline.stages import train_sft
 
 ON = "monitor.enabled=true"
