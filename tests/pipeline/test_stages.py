@@ -75,6 +75,7 @@ def pretend_trained(context, *stages):
         inputs = {need: context.folder.digest(need) for need in STAGES[name].needs}
         with context.folder.writing(name, stage_settings(context.config, name), inputs) as scratch:
             (scratch / "training.json").write_text(json.dumps({"tokens_per_s": 321.0}))
+            (scratch / "model").mkdir()
 
 
 @pytest.fixture
@@ -153,6 +154,7 @@ def test_without_align_there_are_two_rows_and_one_comparison(tmp_path, tokenizer
     context = Scripted(config, tokenizer)
     with context.folder.writing("train", stage_settings(config, "train"), {}) as scratch:
         (scratch / "training.json").write_text(json.dumps({"tokens_per_s": 321.0}))
+        (scratch / "model").mkdir()
     run(config, ["baseline", "evaluate", "report"], context=context)
     summary = json.loads((context.folder.path / "report" / "summary.json").read_text())
     assert list(summary["rows"]) == ["start", "after GRPO"]

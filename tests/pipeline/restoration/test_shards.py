@@ -94,7 +94,8 @@ def test_what_belongs_to_the_model_goes_along_and_what_belongs_to_training_does_
         (tuned / name).write_text(name)
     run(three)
     found = {path.name for path in (three.folder / "out").iterdir()}
-    assert found == {*kept, "config.json", "model.safetensors", "restoration.json", "manifest.json"}
+    assert found == {*kept, "config.json", "model.safetensors", "restoration.json", "manifest.json", "README.md"}
+    assert (three.folder / "out" / "README.md").read_text() != "README.md"  # that of the tuned model is not of this one
     assert all((three.folder / "out" / name).read_text() == name for name in kept)
 
 

@@ -18,11 +18,15 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, beside: frozenset[str] = frozenset()) -> Iterator[Path]:
     """A scratch folder that replaces `target`, with a manifest, when the block ends without an error.
 
     After an error the scratch folder is gone and `target` is as it was. After a kill or a power cut it is the former
     folder, the new one, or for a moment missing with the new one beside it as `.partial`; never a mixture.
+
+    Args:
+        target: the folder.
+        beside: names of files that are left out of the manifest, since they may be changed later.
 
     Raises:
         OSError: the disk is full, or may not be written.
@@ -32,7 +36,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
-        (scratch / MANIFEST).write_text(json.dumps({"files": _contents(scratch)}, indent=1))
+        (scratch / MANIFEST).write_text(json.dumps({"files": _contents(scratch, beside)}, indent=1))
         for path in sorted(scratch.rglob("*"), reverse=True):
             _sync(path)
         _sync(scratch)

@@ -1,7 +1,7 @@
 """Where a restored model goes: a folder that appears whole or not at all, with all that belongs to a model.
 
 Beside the weights: config, generation config, tokenizer and chat template of the tuned model, the record of its
-prompt format, and `restoration.json`, which says what was done to it.
+prompt format, `restoration.json`, which says what was done to it, and a card.
 """
 
 import errno
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ballast.errors import BallastError, ConfigError
 from ballast.pipeline.checkpoints.manifest import PARTIAL, whole_folder
+from ballast.pipeline.model_card import CARD
 from ballast.pipeline.restoration.weights import Weights
 
 RECORD = "restoration.json"
@@ -67,7 +68,7 @@ def output_folder(out: Path, inputs: Sequence[Path], nbytes: int) -> Iterator[Pa
             raise ConfigError(
                 f"out '{out}' needs {_gb(nbytes)} and its disk has {_gb(free)} free; make room or choose another disk"
             )
-        with whole_folder(out) as scratch:
+        with whole_folder(out, beside=frozenset({CARD})) as scratch:
             yield scratch
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))

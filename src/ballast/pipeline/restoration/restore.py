@@ -10,7 +10,9 @@ import torch
 
 import ballast
 from ballast.errors import ConfigError
+from ballast.pipeline.model_card import write_card
 from ballast.pipeline.model_record import carry_record
+from ballast.pipeline.restoration.card import restoration_card
 from ballast.pipeline.restoration.methods import Change, Method, Triple
 from ballast.pipeline.restoration.models import Models, fingerprint
 from ballast.pipeline.restoration.output import RECORD, RestorationError, check_output, copy_companions, output_folder
@@ -90,10 +92,10 @@ def restore(
 def write_restoration(
     folder: Path, restored: Restored, method: Method, inputs: Mapping[str, Any], digests: Mapping[str, str]
 ) -> None:
-    """Write `restoration.json`: what was done to a model, and to which.
+    """Write `restoration.json`, what was done to a model and to which, and the model's card.
 
     Args:
-        folder: where it goes, beside the weights.
+        folder: where they go, beside the weights and the record of the prompt format.
         restored: what came out.
         method: what was done.
         inputs: by label, what `fingerprint` says of each model that was read.
@@ -112,6 +114,7 @@ def write_restoration(
         "notes": restored.notes,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(folder, restoration_card(restored.folder.name, record, folder))
 
 
 def check_device(device: str) -> None:

@@ -27,6 +27,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from ballast.pipeline.run_card import write_run_card  # which asks for this module's rows
     from ballast.pipeline.training.callbacks import MetricsCallback
     from ballast.pipeline.training.merge import save_merged
 
@@ -70,6 +71,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     seconds = time.perf_counter() - started
     tokens = sum(len(example["input_ids"]) for example in examples) * settings.epochs
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
+    write_run_card(context, folder / "model", "align")
     (folder / "training.json").write_text(
         json.dumps({"rows": len(rows), "rehearsed": len(own), "seconds": seconds, "tokens_per_s": tokens / seconds})
     )

@@ -31,6 +31,7 @@ from ballast.pipeline.restoration.nlsr.settings import NLSRSettings
 from ballast.pipeline.restoration.restore import check_device, restore
 from ballast.pipeline.restoration.safe_lora import SafeLora
 from ballast.pipeline.restoration.task_arithmetic import Resta
+from ballast.pipeline.run_card import write_run_card
 from ballast.pipeline.run_folder import write_text
 from ballast.pipeline.stages.align import rows_with_answers
 
@@ -60,6 +61,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     context.forget_weights()
     if choice.best is not None:
         (folder / f"model-{choice.best}").replace(folder / "model")
+        shown = {"before training": start, "tuned": tuned, "restored": repaired[choice.best]}
+        write_run_card(context, folder / "model", "restore", shown)
     _report(context, folder, {"before training": start, "tuned": tuned, **repaired}, choice)
 
 

@@ -18,7 +18,9 @@ from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_inputs import VLLMGeneration
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, interleave, training_rows
+from ballast.pipeline.model_card import CARD
 from ballast.pipeline.model_record import check_record
+from ballast.pipeline.run_card import write_run_card
 from ballast.pipeline.stages.align import quiet
 from ballast.pipeline.task_rewards import columns_read, refusal_detector, task_rewards
 
@@ -93,7 +95,10 @@ def run_stage(context: RunContext, folder: Path) -> None:
     if monitor is None or not monitor.stopped:
         check_all_steps_done(trainer.state.global_step, config.train.steps)
     trainer.model.save_pretrained(folder / "adapter")
+    (folder / "adapter" / CARD).unlink(missing_ok=True)  # PEFT's form to be filled in
     save_merged(trainer.model, tokenizer, context.prompt_format, folder / "model")
+    for made in ("adapter", "model"):
+        write_run_card(context, folder / made, "train")
     (folder / "training.json").write_text(
         json.dumps(
             {

@@ -20,7 +20,9 @@ from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_sft import ConstrainedLoss, PlainLoss
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, draw
+from ballast.pipeline.model_card import CARD
 from ballast.pipeline.model_record import check_record
+from ballast.pipeline.run_card import write_run_card
 from ballast.pipeline.stages.align import encode_answer, quiet, rows_with_answers
 from ballast.rewards.outage import stop_above_limit
 
@@ -69,7 +71,10 @@ def run_stage(context: RunContext, folder: Path) -> None:
     with context.live("train"):
         seconds = training.train(trainer)
     trainer.model.save_pretrained(folder / "adapter")
+    (folder / "adapter" / CARD).unlink(missing_ok=True)  # PEFT's form to be filled in
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
+    for made in ("adapter", "model"):
+        write_run_card(context, folder / made, "train")
     done = trainer.state.global_step
     # A monitor may have ended the training early.
     tokens = sum(len(row["input_ids"]) for row in rows) * settings.epochs * done / trainer.state.max_steps
