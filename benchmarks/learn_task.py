@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,23 @@ class Runs:
         folder: holds the run folders.
         prefix: begins their names.
         overrides: apply to all of them.
+        config: the configuration that they override.
+        arms: what each arm overrides besides.
     """
 
-    def __init__(self, folder: Path, prefix: str, overrides: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        overrides: Sequence[str],
+        config: str = CONFIG,
+        arms: Mapping[str, Sequence[str]] = ARMS,
+    ) -> None:
         self.folder = folder
         self.prefix = prefix
         self.overrides = overrides
+        self.config = config
+        self.arms = arms
         self.stage_seconds: dict[str, float] = {}
 
     def measure_aligned(self, seed: int) -> list[Answer]:
@@ -125,7 +136,7 @@ class Runs:
         """Train an arm from the aligned model of its seed, and return its answers to the test prompts."""
         name = f"{self.prefix}-seed{seed}-{arm}"
         for stage in ("train", "evaluate"):
-            self._stage(stage, name, seed, *self._from_aligned(seed), *ARMS[arm])
+            self._stage(stage, name, seed, *self._from_aligned(seed), *self.arms[arm])
         return read_answers(self.folder / name / "evaluate" / "final.parquet")
 
     def _from_aligned(self, seed: int) -> tuple[str, str]:
@@ -136,7 +147,7 @@ class Runs:
         """One stage in a process of its own; ballast keeps it where it is done, and refuses other settings."""
         print(f"[{time.strftime('%H:%M:%S')}] {name}: {stage}", flush=True)
         own = (f"out={json.dumps(str(self.folder))}", f"name={name}", f"seed={seed}")
-        command = [sys.executable, "-m", "ballast.pipeline.cli", stage, CONFIG, "--resume"]
+        command = [sys.executable, "-m", "ballast.pipeline.cli", stage, self.config, "--resume"]
         finished = subprocess.run([*command, *self.overrides, *settings, *own], check=False)
         if finished.returncode:
             raise SystemExit(
@@ -151,8 +162,9 @@ def read_answers(path: Path) -> list[Answer]:
     """A measured model's answers, without their text."""
     import pyarrow.parquet as pq
 
-    columns = ["prompt_id", "kind", "sample", *{column for _, column in FIGURES.values()}]
-    rows: list[Answer] = pq.read_table(path, columns=columns).to_pylist()
+    wanted = {"prompt_id", "kind", "sample", *(column for _, column in FIGURES.values())}
+    there = [name for name in pq.read_schema(path).names if name in wanted]  # only the task has a task reward
+    rows: list[Answer] = pq.read_table(path, columns=there).to_pylist()
     return rows
 
 
@@ -187,17 +199,17 @@ def compared(before: list[Answer], after: dict[str, list[Answer]]) -> dict[str, 
     return {"before": figures(before), "arms": arms, "criteria": criteria(arms)}
 
 
-def figures(rows: list[Answer]) -> dict[str, Any]:
-    """Every figure of one model."""
-    return {figure: asdict(_mean(figure, *values_of(rows, figure))) for figure in FIGURES}
+def figures(rows: list[Answer], names: Iterable[str] = FIGURES) -> dict[str, Any]:
+    """Figures of one model, all of them where no names are given."""
+    return {figure: asdict(_mean(figure, *values_of(rows, figure))) for figure in names}
 
 
-def changes(before: list[Answer], after: list[Answer]) -> dict[str, Any]:
-    """Every figure of the second model minus that of the first, paired by prompt, sample and seed."""
+def changes(before: list[Answer], after: list[Answer], names: Iterable[str] = FIGURES) -> dict[str, Any]:
+    """Figures of the second model minus those of the first, paired by prompt, sample and seed."""
     if [(row["prompt_id"], row["sample"]) for row in before] != [(row["prompt_id"], row["sample"]) for row in after]:
         raise SystemExit("the two models were not asked the same prompts; delete their run folders and start again")
     found = {}
-    for figure in FIGURES:
+    for figure in names:
         (first, _), (second, prompts) = values_of(before, figure), values_of(after, figure)
         found[figure] = asdict(paired_difference(first, second, prompts))
     return found
