@@ -399,7 +399,7 @@ def test_a_resumed_training_goes_on_with_baseline_trips_and_rate(trainer, tmp_pa
     second = monitor_of(tmp_path, BASE)
     second.restore_checkpoint_state(first.checkpoint_state())
     assert second.checkpoint_state() == first.checkpoint_state()
-    assert (second.trips, second._scale) == (1, 0.5)
+    assert (second.trips, second._rate.scale) == (1, 0.5)
 
 
 def test_a_resumed_training_that_was_not_monitored_is_refused(trainer, tmp_path):

@@ -20,7 +20,7 @@ from ballast.pipeline.monitoring.answers import GeneratorOf, Measured, SuiteMeas
 from ballast.pipeline.monitoring.evaluation import baseline_of, evaluate, figures_of
 from ballast.pipeline.monitoring.good_points import GoodPoints
 from ballast.pipeline.monitoring.history import write_history
-from ballast.pipeline.monitoring.learning_rate import base_rates, set_base_rates
+from ballast.pipeline.monitoring.learning_rate import LoweredRate
 from ballast.pipeline.monitoring.options import Action, check_judge, check_options
 from ballast.pipeline.monitoring.review import write_flipped
 from ballast.pipeline.monitoring.trip import Decision, Sample, TripRule, planned_evaluations
@@ -131,8 +131,7 @@ class SafetyMonitor(TrainerCallback):
         self._tell = on_event or (lambda event: None)
         self._good: GoodPoints | None = None
         self._baseline: dict[str, Sample] | None = None
-        self._rates: list[float] = []
-        self._scale = 1.0
+        self._rate = LoweredRate()
         self._cooling = 0
         self._due = False
 
@@ -147,8 +146,7 @@ class SafetyMonitor(TrainerCallback):
         baseline = {name: {p: list(r) for p, r in sample.items()} for name, sample in (self._baseline or {}).items()}
         return {
             "baseline": baseline,
-            "rates": self._rates,
-            "scale": self._scale,
+            **self._rate.state(),
             "cooling": self._cooling,
             "trips": self.trips,
             "events": [dict(event) for event in self.events],
@@ -156,9 +154,9 @@ class SafetyMonitor(TrainerCallback):
 
     def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
         """Go on with it."""
-        self._baseline, self._rates = state["baseline"], state["rates"]
-        self._scale, self._cooling, self.trips = state["scale"], state["cooling"], state["trips"]
-        self.events = state["events"]
+        self._rate.restore(state)
+        self._baseline, self.events = state["baseline"], state["events"]
+        self._cooling, self.trips = state["cooling"], state["trips"]
 
     def on_train_begin(
         self,
@@ -183,7 +181,7 @@ class SafetyMonitor(TrainerCallback):
             )
         if state.global_step > 0:
             return  # the baseline is in the checkpoint, and is restored after this
-        self._rates = base_rates(lr_scheduler)
+        self._rate.begin(lr_scheduler)
         measured = self.measure(model, self.seed, "before training")
         self._baseline = baseline_of(measured)
         measured.write(self.folder / "baseline.parquet")
@@ -237,9 +235,8 @@ class SafetyMonitor(TrainerCallback):
         self._event(
             "monitor",
             state,
-            outcome=decision.outcome,
+            **asdict(decision),
             cooling_down=cooling,
-            **{key: value for key, value in asdict(decision).items() if key != "outcome"},
             relative=decision.relative,
             figures=figures_of(measured, self.seed),
             seconds=measured.seconds,
@@ -296,10 +293,8 @@ class SafetyMonitor(TrainerCallback):
                 back.keep()
 
     def _lower_rate(self, state: TrainerState, optimizer: Any, lr_scheduler: Any) -> None:
-        """From the rates of the start, for a rollback has brought back those of its checkpoint."""
-        self._scale *= self.lr_factor
-        set_base_rates(optimizer, lr_scheduler, [rate * self._scale for rate in self._rates])
-        self._event("monitor_lower_lr", state, scale=self._scale)
+        self._rate.lower(self.lr_factor, optimizer, lr_scheduler)
+        self._event("monitor_lower_lr", state, scale=self._rate.scale)
 
     def _event(self, event: str, state: TrainerState, **what: Any) -> None:
         line = {"event": event, "step": state.global_step, **what}
