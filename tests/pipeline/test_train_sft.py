@@ -12,6 +12,7 @@ from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.scripted import ScriptedGuardrail
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.context import RunContext
+from ballast.pipeline.model_card import CARD, is_ours
 from ballast.pipeline.stage_graph import planned, stage_of, stage_settings
 from ballast.pipeline.stages import train_sft
 
@@ -137,6 +138,9 @@ def test_the_stage_trains_and_leaves_a_whole_model(context, tmp_path, loss, monk
     assert record["tokens_per_s"] > 0
     assert (folder / "model" / "model.safetensors").is_file()
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    for made in ("model", "adapter"):  # PEFT's own form is not left in the adapter
+        assert is_ours(folder / made / CARD)
+        assert f"SFT with the loss `{loss}`, 1 epochs, LoRA of rank 2" in (folder / made / CARD).read_text()
     (step,) = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert step["event"] == "step"
     assert step["sft/star"] < 1

@@ -89,7 +89,8 @@ def _made_by(config: "RunConfig", folder: Path, stage: Stage) -> Iterator[str]:
                 f"({config.segments.unit}), and its scores become advantages of tokens"
             )
         else:
-            yield f"SFT with the loss `{config.sft.loss.type}`, LoRA of rank {train.lora.r}"
+            sft = config.sft
+            yield f"SFT with the loss `{sft.loss.type}`, {sft.epochs:g} epochs, LoRA of rank {sft.lora.r}, learning rate {sft.learning_rate:g}"
         parts = {
             "SafeGrad": config.safegrad.enabled,
             "frozen safety layers": config.freeze.layers is not None,
