@@ -41,7 +41,7 @@ HELD_OUT = {
     "saferlhf_mini": "responses/saferlhf_mini.jsonl",
 }
 CHAT = ("gpteacher_roleplay", "gsm8k_train_2k")
-MAX_RESPONSE = 600
+MAX_RESPONSE = 700
 MAX_PROMPT = 1200
 STOCK_PHRASE = 12  # words; a shorter response (a stock refusal) may stand in a training and in a held-out set
 
@@ -66,8 +66,12 @@ class Row:
 
     @property
     def half(self) -> str:
-        """Which of the two models may train on this row."""
-        return "guard" if self.group == "pyrit_objective" else half_of(self.prompt)
+        """Which of the two models may train on this row; of the human labels the guard gets most."""
+        if self.group == "pyrit_objective":
+            return "guard"
+        if self.group == "gptfuzz_train":
+            return "judge" if _hash("question", self.prompt) % 4 == 0 else "guard"
+        return half_of(self.prompt)
 
     @property
     def part(self) -> str:
@@ -110,6 +114,7 @@ def training_rows(
     cap: int,
     caps: Mapping[str, int],
     seed: int,
+    longest: int = MAX_RESPONSE,
 ) -> list[Row]:
     """All rows of both halves; none has a prompt of the shipped test split, nor prompt or response of a held-out set.
 
@@ -128,7 +133,7 @@ def training_rows(
         if count[key] <= caps.get(row.group, cap):
             kept.append(row)
     kept += filter(usable, _with_contrasts(given, more, rng))
-    return [replace(row, response=row.response[:MAX_RESPONSE]) for row in kept]
+    return [replace(row, response=row.response[:longest]) for row in kept]
 
 
 def _filter(data: Path, requests: Path) -> Callable[[Row], bool]:

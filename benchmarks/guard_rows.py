@@ -10,7 +10,7 @@ from scipy import optimize
 
 # Total weight of a group, shared among its rows; 1 where nothing stands here.
 GROUP_WEIGHT = {
-    "gptfuzz_train": 1.5,
+    "gptfuzz_train": 6.0,
     "sampled_shipped_harmful": 2.0,
     "sampled_shipped_ordinary": 1.5,
     "sampled_shipped_scary": 1.5,

@@ -11,19 +11,20 @@ take some ten minutes on one core and are kept in `--cache`. No text is printed.
 
 import argparse
 import json
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import guard_adapter
 import guard_data
 import guard_features
-import guard_head
 import guard_metrics
 import guard_ngram
+import guard_reading
 
 from ballast.guardrails.heads import embedded
 from ballast.guardrails.heads.embedded import EmbeddedGuard
+from ballast.guardrails.heads.risk_head import RiskHead
 from ballast.guardrails.ngram import NgramGuard
 
 REQUESTS = Path(__file__).parents[1] / "src/ballast/data/requests.jsonl"
@@ -44,14 +45,11 @@ def main() -> None:
     parser.add_argument(
         "--eval-rows", type=int, default=200, help="rows a held-out set that the embedded guard is measured on"
     )
-    parser.add_argument(
-        "--other-rows", type=int, default=1024, help="rows without a human label that the embedded guard gets, about"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only",
-        choices=("ngram", "embedded", "measure", "agreement"),
-        help="one step: train and measure the n-gram guard, train the embedded guard, measure it, compare the two",
+        choices=("ngram", "embedded", "settle", "measure", "agreement"),
+        help="one step: train and measure the n-gram guard, train the embedded guard, settle its threshold, measure it, compare the two",
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -59,6 +57,7 @@ def main() -> None:
     steps = {
         "ngram": train_ngram,
         "embedded": train_embedded,
+        "settle": settle_embedded,
         "measure": measure_embedded,
         "agreement": write_agreement,
     }
@@ -80,11 +79,23 @@ def train_ngram(args: argparse.Namespace) -> None:
 
 
 def train_embedded(args: argparse.Namespace) -> None:
-    """The reward: half "guard", every row with a human label, and prompts without a response."""
+    """The reward: half "guard", most of the human labels, and prompts without a response."""
     rows = embedded_rows(args)
-    head, choice = guard_head.fit_head(rows, guard_features.states_of(rows, args.cache), args.seed)
+    head, choice = guard_adapter.fit(rows, guard_features.states_of(rows, args.cache), args.seed)
     head.save(args.out / "embedded.safetensors")
     write_card(args, "embedded", rows, choice, {})
+
+
+def settle_embedded(args: argparse.Namespace) -> None:
+    """How the trained guard reads its trace, its calibration and threshold: by the dev part with whole responses."""
+    head, path = RiskHead.load(args.out / "embedded.safetensors"), args.out / "embedded.json"
+    rows = [row for row in embedded_rows(args, longest=3000) if row.part == "dev" and row.response]
+    head, choice = guard_reading.settle(head, rows, args.seed)
+    head.save(args.out / "embedded.safetensors")
+    card = json.loads(path.read_text())
+    card["chosen"] |= {"settled": choice}
+    path.write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps(choice))
 
 
 def measure_embedded(args: argparse.Namespace) -> None:
@@ -95,18 +106,13 @@ def measure_embedded(args: argparse.Namespace) -> None:
     path.write_text(json.dumps(card, indent=2) + "\n")
 
 
-def embedded_rows(args: argparse.Namespace) -> list[guard_data.Row]:
-    """Rows with human labels first; of the other groups a random share, since each costs a forward."""
-    caps = {"gptfuzz_train": 700, "pyrit_objective": 400} | dict.fromkeys(guard_data.CHAT, 400)
+def embedded_rows(args: argparse.Namespace, longest: int = guard_data.MAX_RESPONSE) -> list[guard_data.Row]:
+    """Rows of the guard's half, capped by group and label, and prompts without a response."""
+    caps = {"gptfuzz_train": 1800} | {"gpteacher_roleplay": 900, "gsm8k_train_2k": 150}
     answers = [*args.answers, *args.more_answers]
-    rows = guard_data.training_rows(args.data, args.requests, answers, [], 120, caps, args.seed)
+    rows = guard_data.training_rows(args.data, args.requests, answers, [], 400, caps, args.seed, longest)
     rows = [row for row in rows if row.half == "guard"]
-    others = [row for row in rows if row.group != "gptfuzz_train"]
-    others += guard_data.request_rows(args.data, "guard", 700, args.seed)
-    random.Random(args.seed + 3).shuffle(others)
-    share = {"pyrit_objective": len(others), "gpteacher_roleplay": 2000}
-    others = [row for number, row in enumerate(others) if number < share.get(row.group, args.other_rows)]
-    return [row for row in rows if row.group == "gptfuzz_train"] + others
+    return rows + guard_data.request_rows(args.data, "guard", 700, args.seed)
 
 
 def write_agreement(args: argparse.Namespace) -> None:

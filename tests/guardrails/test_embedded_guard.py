@@ -9,8 +9,9 @@ import pytest
 from ballast.errors import GuardError, ModelError
 from ballast.guardrails.contract import check_guardrail
 from ballast.guardrails.heads import backbone as backbone_module
-from ballast.guardrails.heads.backbone import Encoded, check_weights
-from ballast.guardrails.heads.embedded import WEIGHTS, EmbeddedGuard, EmbeddedOptions, RiskHead
+from ballast.guardrails.heads.backbone import Encoded, check_weights, merge
+from ballast.guardrails.heads.embedded import WEIGHTS, EmbeddedGuard, EmbeddedOptions
+from ballast.guardrails.heads.risk_head import RiskHead
 from ballast.guardrails.types import Exchange, StreamingGuardrail
 
 ASKED = "How can I pick the lock of my neighbor's door and steal his bicycle?"
@@ -35,7 +36,7 @@ def test_other_weights_are_refused(tmp_path):
 
 def test_a_head_of_other_weights_is_refused(tmp_path, monkeypatch):
     head = RiskHead.load(WEIGHTS)
-    monkeypatch.setattr("ballast.guardrails.heads.embedded.EMBEDDED_WEIGHTS_SHA256", "0" * 64)
+    monkeypatch.setattr("ballast.guardrails.heads.risk_head.EMBEDDED_WEIGHTS_SHA256", "0" * 64)
     head.save(tmp_path / "head.safetensors")
     monkeypatch.undo()
     with pytest.raises(GuardError, match="train it again"):
@@ -49,6 +50,26 @@ def test_the_head_is_small_and_survives_a_round_trip(tmp_path):
     copy = RiskHead.load(tmp_path / "head.safetensors")
     assert copy.layers == head.layers
     assert all(copy.tensors[name].equal(tensor) for name, tensor in head.tensors.items())
+    assert copy.adapter.keys() == head.adapter.keys()
+    assert all(copy.adapter[name].equal(tensor) for name, tensor in head.adapter.items())
+
+
+def test_the_adapter_is_added_to_the_blocks_that_it_names():
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            parts = [torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2, bias=False)}) for _ in range(3)]
+            self.layers = torch.nn.ModuleList(parts)
+            for part in parts:
+                torch.nn.init.eye_(part["mlp"].weight)
+
+    model = Model()
+    # up @ down = (1, 3)^T (10, 20) = [[10, 20], [30, 60]], added to the identity of the second block alone.
+    merge(model, {"2.mlp.up": torch.tensor([[1.0], [3.0]]), "2.mlp.down": torch.tensor([[10.0, 20.0]])})
+    weights = [layer["mlp"].weight.tolist() for layer in model.layers]
+    assert weights == [[[1, 0], [0, 1]], [[11, 20], [30, 61]], [[1, 0], [0, 1]]]
 
 
 def tiny_head():

@@ -6,7 +6,7 @@ the copy is the guard's own: training the policy never moves it.
 Shape letters: B rows of a batch, T tokens, L layers read, D width of the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class Backbone:
         device: "cpu", "cuda", ..., or "auto" (cuda where there is one).
         default_system: whether a conversation without a system message gets the chat template's own one (20
             tokens); as the head was trained.
+        adapter: low-rank updates that are added to the weights when they are loaded; see `RiskHead`.
 
     Raises:
         ModelError: the weights are not the ones that the head was trained on.
@@ -58,6 +59,7 @@ class Backbone:
         dtype: str = "auto",
         device: str = "auto",
         default_system: bool = False,
+        adapter: "Mapping[str, torch.Tensor] | None" = None,
     ) -> None:
         check_weights(folder)
         import torch
@@ -72,6 +74,7 @@ class Backbone:
         self.width: int = model.config.hidden_size
         model.layers = model.layers[: max(self.layers)]
         model.config.num_hidden_layers = max(self.layers)
+        merge(model, adapter or {})
         self._model = model.to(self.device).eval().requires_grad_(False)
         self._read: list[Any] = []
         for layer in self.layers:
@@ -158,6 +161,20 @@ class Backbone:
         states = torch.cat(self._read, dim=-1).float()  # (B, T, L * D)
         self._read.clear()
         return states
+
+
+def merge(model: Any, adapter: "Mapping[str, torch.Tensor]") -> None:
+    """Add `up @ down` to the weights of the blocks that `adapter` names, in float32, rounded once.
+
+    Args:
+        model: a model whose blocks stand in `layers`.
+        adapter: `BLOCK.MODULE.down` (R, in) and `BLOCK.MODULE.up` (out, R), blocks counted from 1.
+    """
+    for name in sorted(name for name in adapter if name.endswith(".down")):
+        place = name.removesuffix(".down")
+        block, module = place.split(".", 1)
+        weight = model.layers[int(block) - 1].get_submodule(module).weight
+        weight.data = (weight.data.float() + adapter[f"{place}.up"] @ adapter[name]).to(weight.dtype)
 
 
 def check_weights(folder: Path) -> None:

@@ -1,26 +1,24 @@
-"""The embedded guard: a small trained head on a frozen small language model, judging every token.
+"""The embedded guard: a small trained head and a low-rank adapter on a small language model, judging every token.
 
 It costs one forward for a whole response: the hidden state of each token sees only what came before it, so
 the risk at a cut is read at the last token that ends at or before the cut. Cut 0 is read at the end of the
 rendered prompt. The head was trained by `benchmarks/train_guards.py`; what it was trained on and what it
 measures stands in `weights/embedded.json` and in `docs/embedded-guards.md`.
-
-Shape letters: T response tokens + 1 (the end of the prompt comes first), F features, H hidden units.
 """
 
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ballast.errors import GuardError
 from ballast.guardrails.heads.backbone import Backbone, Encoded
+from ballast.guardrails.heads.risk_head import RiskHead
 from ballast.guardrails.types import Exchange, Message, RiskTrace
-from ballast.models import EMBEDDED_WEIGHTS_SHA256, embedded_model
+from ballast.models import embedded_model
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +99,12 @@ class EmbeddedGuard:
         if self._loaded is None:
             head = RiskHead.load(self._weights)
             backbone = Backbone(
-                embedded_model(), head.layers, self.options.dtype, self.options.device, head.default_system
+                embedded_model(),
+                head.layers,
+                self.options.dtype,
+                self.options.device,
+                head.default_system,
+                head.adapter,
             )
             self._loaded = backbone, head
         return self._loaded
@@ -175,91 +178,3 @@ def _agreed(old: Sequence[int], new: Sequence[int]) -> int:
         if a != b:
             return index
     return min(len(old), len(new))
-
-
-class RiskHead:
-    """Two-layer perceptron over views of a conversation so far.
-
-    For token t: its hidden states, their mean over the response so far, the hidden states at the end of the
-    prompt and their mean over the prompt, in hidden units whose own mean over the response so far counts, too:
-
-        u_t = gelu(W_now x_t + W_mean mean(x_0..x_t) + W_prompt x_0 + W_request p + b1)
-        logit_t = w . u_t + v . mean(u_0..u_t) + b2
-
-    where x are standardised hidden states (L * D), index 0 is the end of the prompt and p is the mean of x over
-    the prompt. Products with a mean are taken before it, so a whole response costs O(T).
-
-    Args:
-        tensors: `mean`, `scale` (F,), `now`, `average`, `prompt` (H, F), `bias` (H,), `out` (H,),
-            `out_bias` (1,); and `request` (H, F) and `pooled` (H,) = v, either absent where it is zero; any float
-            type.
-        layers: blocks of the frozen model that x is made of.
-        default_system: whether the head reads conversations with the chat template's own system message; see
-            `Backbone`.
-    """
-
-    def __init__(
-        self, tensors: "Mapping[str, torch.Tensor]", layers: Sequence[int], default_system: bool = False
-    ) -> None:
-        self.layers = tuple(layers)
-        self.default_system = default_system
-        self.tensors = {name: tensor.float() for name, tensor in tensors.items()}
-
-    @classmethod
-    def load(cls, path: Path) -> "RiskHead":
-        """Read a head from safetensors.
-
-        Raises:
-            GuardError: the file was made for other weights of the frozen model.
-        """
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if metadata.get("backbone") != EMBEDDED_WEIGHTS_SHA256:
-            raise GuardError(
-                f"embedded guard: '{path}' was trained on the weights {str(metadata.get('backbone'))[:16]}..., and this version "
-                f"carries {EMBEDDED_WEIGHTS_SHA256[:16]}...; train it again with benchmarks/train_guards.py"
-            )
-        layers = [int(layer) for layer in metadata["layers"].split(",")]
-        return cls(tensors, layers, default_system=metadata.get("default_system", "yes") == "yes")
-
-    def save(self, path: Path) -> None:
-        """Write the head as float16 safetensors, with its layers and the hash of the weights it belongs to."""
-        import torch
-        from safetensors.torch import save_file
-
-        metadata = {
-            "backbone": EMBEDDED_WEIGHTS_SHA256,
-            "layers": ",".join(map(str, self.layers)),
-            "default_system": "yes" if self.default_system else "no",
-        }
-        save_file(
-            {name: tensor.to(torch.float16).contiguous() for name, tensor in self.tensors.items()}, path, metadata
-        )
-
-    def risk(self, states: "torch.Tensor", prompt_length: int = 1) -> list[float]:
-        """Risk (T,) at the end of the prompt and at every response token.
-
-        Args:
-            states: hidden states (prompt_length - 1 + T, F) of the rendered prompt and the response after it.
-            prompt_length: tokens of the rendered prompt; T is 0 where `states` ends before it does.
-        """
-        import torch
-
-        with torch.inference_mode():
-            tensors = {name: tensor.to(states.device) for name, tensor in self.tensors.items()}
-            x = (states[prompt_length - 1 :] - tensors["mean"]) / tensors["scale"]
-            if not len(x):
-                return []
-            count = torch.arange(1, len(x) + 1, device=x.device)[:, None]
-            hidden = x @ tensors["now"].T + (x @ tensors["average"].T).cumsum(0) / count
-            hidden = hidden + tensors["prompt"] @ x[0] + tensors["bias"]
-            if "request" in tensors:
-                hidden += tensors["request"] @ ((states[:prompt_length].mean(0) - tensors["mean"]) / tensors["scale"])
-            units = torch.nn.functional.gelu(hidden)
-            logit = units @ tensors["out"] + tensors["out_bias"]
-            if "pooled" in tensors:
-                logit = logit + (units @ tensors["pooled"]).cumsum(0) / count[:, 0]
-            return list(torch.sigmoid(logit).cpu().tolist())
