@@ -71,13 +71,18 @@ def held_out_numbers(rows: list[Row], risk: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measure(guard: Guardrail, args: argparse.Namespace, limit: int | None) -> dict[str, Any]:
-    """All numbers of one guard; `limit` rows a set at most (a fixed random choice)."""
+def measure(
+    guard: Guardrail, args: argparse.Namespace, limit: int | None, beside: Guardrail | None = None
+) -> dict[str, Any]:
+    """All numbers of one guard; `limit` rows a set at most (a fixed random choice); compared with `beside` if given."""
     numbers: dict[str, Any] = {f"held_out_{name}": {} for name in ("whole", "half", "first_200")}
     for name, rows in guard_data.held_out(args.data).items():
         part = random.Random(1).sample(rows, min(len(rows), limit or len(rows)))
         for length, risk in risks_at(guard, part).items():
             numbers[f"held_out_{length}"][name] = held_out_numbers(part, risk)
+            if beside is not None and length == "whole":
+                compared = compare(risk, risks(beside, part), np.array([row.label for row in part]))
+                numbers.setdefault("held_out_agreement", {})[name] = compared
         print(name, {length: numbers[f"held_out_{length}"][name] for length in ("whole", "half")}, flush=True)
     numbers["false_alarms"] = {}
     for name, file in SAFE_CHAT.items():
@@ -87,6 +92,26 @@ def measure(guard: Guardrail, args: argparse.Namespace, limit: int | None) -> di
         print(name, numbers["false_alarms"][name], flush=True)
     numbers["shipped_test"] = own_answers(guard, args)
     return numbers
+
+
+def compare(first: np.ndarray, second: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+    """How two guards agree at 0.5 on the rows that both scored, and who is right where they do not."""
+    scored = np.isfinite(first) & np.isfinite(second)
+    a, b, unsafe = first[scored] > 0.5, second[scored] > 0.5, label[scored] > 0.5
+
+    def share(rows: np.ndarray) -> float | None:
+        return round(float(unsafe[rows].mean()), 3) if rows.any() else None
+
+    return {
+        "rows": int(scored.sum()),
+        "same_side": round(float(np.mean(a == b)), 3),
+        "both": round(float(np.mean(a & b)), 3),
+        "only_first": round(float(np.mean(a & ~b)), 3),
+        "only_second": round(float(np.mean(~a & b)), 3),
+        "spearman": round(float(spearmanr(first[scored], second[scored]).statistic), 3),
+        "unsafe_where_only_first": share(a & ~b),
+        "unsafe_where_only_second": share(~a & b),
+    }
 
 
 def test_rows(args: argparse.Namespace) -> list[Row]:

@@ -22,7 +22,9 @@ from ballast.guardrails.heads.risk_head import Reading, RiskHead
 from ballast.models import embedded_model
 
 HUMAN = ("gptfuzz_train", "pyrit_objective")  # groups with human labels
-FALSE_ALARMS = 0.01  # share of ordinary and refusing dev rows that may stand over 0.5; other text gives two to three times it
+FALSE_ALARMS = (
+    0.01  # share of ordinary and refusing dev rows that may stand over 0.5; other text gives two to three times it
+)
 MOST = {"gptfuzz_train": 500}  # dev rows of a group; 100 of the others
 CONTEXT = 900  # tokens
 
