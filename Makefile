@@ -39,8 +39,9 @@ $(STAMP): pyproject.toml overrides.txt
 demo: setup
 	$(BIN)/ballast demo
 
+# Two processes with a thread each: most tests compute too little for two threads to pay.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 test-long: setup
 	$(BIN)/pytest -m long
@@ -50,7 +51,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not long and not vllm and not model"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not long and not vllm and not model"
 
 format: setup
 	$(BIN)/ruff format .

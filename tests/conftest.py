@@ -14,6 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, a file stays in one, and so do all tests that need the one vLLM engine."""
+    for item in items:
+        needs_engine = "vllm_engine" in getattr(item, "fixturenames", ()) or item.get_closest_marker("vllm")
+        item.add_marker(pytest.mark.xdist_group("vllm" if needs_engine else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def embedded_folder() -> Path:
     """The embedded model's folder, converted on first use."""
