@@ -101,11 +101,13 @@ def test_what_belongs_to_the_model_goes_along_and_what_belongs_to_training_does_
 
 def test_the_prompt_format_of_the_tuned_model_stays_and_its_weights_are_recorded_anew(three):
     from ballast.models import file_sha256
+    from ballast.pipeline.template_contract import TemplateContract
 
     tuned = Path(three.tuned)
+    contract = TemplateContract("{{ messages }}", {}, {}, "", None, "Be kind.", {}, "consistent", "Be kind.", {})
     record = {
-        "fingerprint": "f" * 64,
-        "system_prompt": "Be kind.",
+        "fingerprint": contract.fingerprint(),
+        "contract": contract.to_json(),
         "weights_sha256": {"model.safetensors": file_sha256(tuned / "model.safetensors")},
     }
     (tuned / "prompt_format.json").write_text(json.dumps(record))

@@ -143,7 +143,15 @@ def test_it_serves_listed_paths_alone_until_it_is_told_to_end(folder, stand_in):
     assert started[0].poll() is not None
 
 
-def test_an_interrupt_is_an_orderly_end_and_leaves_no_log(folder, stand_in, temporary_files):
+@pytest.fixture
+def as_in_a_terminal():
+    """SIGINT interrupts: a shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_an_orderly_end_and_leaves_no_log(folder, stand_in, temporary_files, as_in_a_terminal):
     started, port = stand_in(), free_port()
     _, thread = when_up(port, lambda client: [os.kill(os.getpid(), signal.SIGINT)])
     result = serve(folder, port, *OPEN)
