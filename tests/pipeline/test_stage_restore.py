@@ -172,12 +172,14 @@ def test_the_stage_is_a_part_of_a_run_where_it_is_enabled():
     assert planned(enabled) == ["baseline", "align", "train", "evaluate", "restore", "report"]
 
 
-def test_without_an_alignment_there_is_nothing_to_restore(context):
-    from ballast.pipeline.stages.restore import _models
-
-    context.config = load_config("demo", ["align.enabled=false"])
-    with pytest.raises(ConfigError, match=r"restore\.base"):
-        _models(context)
+@pytest.mark.parametrize(
+    ("setting", "said"), [("align.enabled=false", r"restore\.base"), ("restore.device=nowhere", "device 'nowhere'")]
+)
+def test_what_cannot_be_restored_is_refused_before_the_training(context, tmp_path, setting, said):
+    config = load_config("demo", [f"out={json.dumps(str(tmp_path))}", "name=two", "restore.enabled=true", setting])
+    with pytest.raises(ConfigError, match=said):
+        run(config, context=Repaired(config, context.tokenizer))
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,19 @@ from rich.markup import escape
 
 from ballast.guardrails.registry import licence_of
 from ballast.pipeline.context import RunContext
-from ballast.pipeline.stage_graph import STAGES
+from ballast.pipeline.stage_graph import stage_of
 
 
 def check_parts(context: RunContext, names: Sequence[str]) -> None:
     """Whatever the stages to come load by name exists; a guard's weights are loaded at its first use, not here.
 
     Raises:
-        ConfigError: a guard or a reward function does not exist, or does not take its options.
-        DataError: a training row lacks the answer that a task reward compares with.
+        ConfigError: a guard or a reward function does not exist, or does not take its options; there is no alignment to
+            restore, or not the device for it.
+        DataError: a training row lacks the answer that a task reward compares with, or rows cannot be used for what they are for.
         GuardError: a plug-in cannot be loaded.
     """
-    read = {key for name in names for key in STAGES[name].reads}
+    read = {key for name in names for key in stage_of(context.config, name).reads}
     for part in ("guard", "judge"):
         if part in read:
             getattr(context, part)  # made, and kept, when it is asked for
@@ -25,18 +26,17 @@ def check_parts(context: RunContext, names: Sequence[str]) -> None:
         _warn_of_licence(context)
         if context.config.train.method == "grpo":
             _check_rewards(context)
-        _check_safety_rows(context)
+        _check_safety_parts(context)
     if "prompts" in names:
         from ballast.pipeline.evaluation.system_prompts import candidate_prompts
         from ballast.pipeline.stages.prompts import check_suite
 
         candidate_prompts(context.config)
         check_suite(context.config)
-    if "restore" in names and context.config.restore.nlsr:
-        from ballast.pipeline.stages.restore import calibration_data
+    if "restore" in names:
+        from ballast.pipeline.stages.restore import check_settings
 
-        for sweep in context.config.restore.nlsr:
-            calibration_data(context.config, sweep)
+        check_settings(context.config)
 
 
 def _check_rewards(context: RunContext) -> None:
@@ -54,12 +54,13 @@ def _check_rewards(context: RunContext) -> None:
         training_rows(config.data, config.seed, columns)
 
 
-def _check_safety_rows(context: RunContext) -> None:
-    """The rows of the monitor and the safe updates that are on: they are there, and on the right side of the split."""
+def _check_safety_parts(context: RunContext) -> None:
+    """The monitor's judge, and its rows and those of the safe updates that are on: there, and on the right side of the split."""
     config = context.config
     if config.monitor.enabled:
-        from ballast.pipeline.monitoring.of_run import monitor_suite
+        from ballast.pipeline.monitoring.of_run import monitor_judge, monitor_suite
 
+        monitor_judge(context)
         monitor_suite(config)
     if config.safegrad.enabled:
         from ballast.pipeline.safe_updates import safegrad_rows

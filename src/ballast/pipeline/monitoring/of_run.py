@@ -40,7 +40,7 @@ def monitored(context: "RunContext", trainer: Any, folder: Path, store: "Checkpo
     config, settings = context.config, context.config.monitor
     if not settings.enabled:
         return None
-    suite, judge = monitor_suite(config), _judge(context)
+    suite, judge = monitor_suite(config), monitor_judge(context)
     harmful = sum(prompt.kind == "harmful" for prompt in suite)
     if harmful * settings.samples < _FEW:
         context.say(
@@ -111,7 +111,13 @@ def _trained_on(config: "RunConfig") -> list[Row]:
     return [row for key in keys for row in load_rows(attrgetter(key)(config), "train", config.data)]
 
 
-def _judge(context: "RunContext") -> "Guardrail":
+def monitor_judge(context: "RunContext") -> "Guardrail":
+    """The guardrail that the monitor measures with; its weights are loaded at its first use.
+
+    Raises:
+        ConfigError: it does not exist, or does not take its options.
+        GuardError: a plug-in cannot be loaded.
+    """
     from ballast.guardrails.registry import load_guardrail
 
     options = context.config.monitor.judge

@@ -40,12 +40,9 @@ def run_stage(context: RunContext, folder: Path) -> None:
     """Try, measure, choose, keep.
 
     Raises:
-        ConfigError: there is no alignment to restore, or the device is not there.
-        DataError: NLSR has no calibration rows.
         ModelError: the models cannot be compared, see `open_models`, or NLSR cannot run the aligned one.
     """
     settings = context.config.restore
-    check_device(settings.device)
     models = _models(context)
     start, tuned = _measured(context)
     repaired: dict[str, EvaluationSummary] = {}
@@ -64,6 +61,24 @@ def run_stage(context: RunContext, folder: Path) -> None:
         shown = {"before training": start, "tuned": tuned, "restored": repaired[choice.best]}
         write_run_card(context, folder / "model", "restore", shown)
     _report(context, folder, {"before training": start, "tuned": tuned, **repaired}, choice)
+
+
+def check_settings(config: RunConfig) -> None:
+    """What can be refused before the training whose result is repaired.
+
+    Raises:
+        ConfigError: there is no alignment to restore, or the device is not there.
+        DataError: NLSR has no calibration rows.
+    """
+    settings = config.restore
+    if settings.base is None and not config.align.enabled:
+        raise ConfigError(
+            "restore needs an alignment to restore, the difference of two models, and this run has none (align.enabled = false); "
+            "give the model from before the alignment as restore.base, or set align.enabled=true"
+        )
+    check_device(settings.device)
+    for sweep in settings.nlsr:
+        calibration_data(config, sweep)
 
 
 def candidates(settings: RestoreConfig, realign: Callable[[NLSRSweep], Realignment]) -> Iterator[tuple[str, Method]]:
@@ -119,12 +134,7 @@ def calibration_data(config: RunConfig, sweep: NLSRSweep) -> list[Row]:
 
 
 def _models(context: RunContext) -> Models:
-    config, settings = context.config, context.config.restore
-    if settings.base is None and not config.align.enabled:
-        raise ConfigError(
-            "restore needs an alignment to restore, the difference of two models, and this run has none (align.enabled = false); "
-            "give the model from before the alignment as restore.base, or set align.enabled=true"
-        )
+    settings = context.config.restore
     tuned = context.folder.stage("train") / "model"
     check_record(tuned, context.prompt_format)
     aligned = settings.aligned or context.reference_model
