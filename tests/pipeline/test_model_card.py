@@ -8,6 +8,8 @@ from huggingface_hub import ModelCard
 from tests.pipeline.test_stages import PROMPTS, Scripted, pretend_trained
 
 from ballast.pipeline.config_loading import load_config
+from ballast.pipeline.evaluation.metrics import EvaluationSummary
+from ballast.pipeline.evaluation.statistics import Estimate
 from ballast.pipeline.model_card import CARD, Card, hub_id, is_ours, render, shown_model, write_card
 from ballast.pipeline.run import run
 from ballast.pipeline.run_card import run_card
@@ -130,6 +132,36 @@ def test_evaluate_writes_the_figures_into_the_cards_and_leaves_a_users_alone(con
     assert "On 2 harmful, 1 scary, 1 ordinary prompts, 1 answers each" in text
     assert mine.read_text() == "# Mine\n"
     assert "is not Ballast's, or was edited: left as it is" in context.shown.replace("\n", " ")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("monitor", "watches", "part"),
+    [
+        ([], None, "took no part in training"),
+        (["monitor.enabled=true"], "ngram", "watched the training too"),
+        (["monitor.enabled=true", "monitor.judge.type=rules"], "rules", "took no part in training"),
+    ],
+)
+def test_a_judge_that_watched_the_training_is_not_said_to_have_had_no_part_in_it(
+    context, tmp_path, monitor, watches, part
+):
+    context.config = load_config("demo", monitor)
+    figures = {"final": EvaluationSummary(*[Estimate(0.0, 0.0, 0.0, 1)] * 6, None, None, 0.0, 0.0, {}, {})}
+    text = render(run_card(context, tmp_path, "train", figures))
+    assert f"the judge {part}" in text
+    assert watches is None or f"| monitors | {watches} |" in text
+    # The warm start is made before the monitor is there.
+    assert "the judge took no part in training" in render(run_card(context, tmp_path, "align", figures))
+
+
+@pytest.mark.model
+def test_an_adapters_card_names_the_model_under_it_and_promises_no_figures(context, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    text = render(run_card(context, tmp_path, "train", {}))
+    assert "belongs to the model that the warm start made, not to the base model itself" in text
+    assert "Not measured yet" not in text  # `evaluate` measures, and writes the card of, the merged model alone
+    assert "whose card holds the figures" in text
 
 
 @pytest.mark.model

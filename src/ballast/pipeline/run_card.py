@@ -64,7 +64,7 @@ def run_card(context: "RunContext", folder: Path, stage: Stage, measured: Mappin
             ("for", "source", "licence"), [(what, *_source(source)) for what, source in _sources(config, stage)]
         ),
         "Guards": table(("for", "guard", "licence", "note"), [_guard(*guard) for guard in _guards(config, stage)]),
-        "Measured": _measured(config, measured),
+        "Measured": _measured(config, stage, measured, adapter=_is_adapter(folder)),
         "Prompt format": prompt_format_section(context.prompt_format.contract()),
     }
     return Card(
@@ -101,9 +101,16 @@ def _made_by(config: "RunConfig", folder: Path, stage: Stage) -> Iterator[str]:
             yield f"With {', '.join(on)}"
     if stage == "restore":
         yield from repair_lines(json.loads((folder / "restoration.json").read_text(encoding="utf-8")))
-    if (folder / "adapter_config.json").is_file():
-        yield "This folder is the LoRA alone; the model beside it has it merged"
+    if _is_adapter(folder):
+        under = (
+            "the model that the warm start made, not to the base model itself" if align.enabled else "the base model"
+        )
+        yield f"This folder is the LoRA alone, and belongs to {under}; the model beside it has it merged"
     yield f"Seed {config.seed}; " + ", ".join(f"{package} {version}" for package, version in versions().items())
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def _sources(config: "RunConfig", stage: Stage) -> Iterator[tuple[str, str]]:
@@ -137,8 +144,8 @@ def _guards(config: "RunConfig", stage: Stage) -> Iterator[tuple[str, "BaseModel
         yield "rewards", config.guard
         if isinstance(config.rewards.refusal_by, GuardRefusal):
             yield "finds refusals", config.rewards.refusal_by.guard
-        if config.monitor.enabled and config.monitor.judge is not None:
-            yield "monitors", config.monitor.judge
+        if config.monitor.enabled:
+            yield "monitors", config.monitor.judge or config.judge
     yield "judges", config.judge
 
 
@@ -151,13 +158,22 @@ def _guard(role: str, options: "BaseModel") -> tuple[str, str, str, str]:
     return role, ", ".join(names), licence.name, licence.note
 
 
-def _measured(config: "RunConfig", measured: Mapping[str, EvaluationSummary]) -> str:
+def _measured(
+    config: "RunConfig", stage: Stage, measured: Mapping[str, EvaluationSummary], *, adapter: bool = False
+) -> str:
+    if adapter:
+        return "Measured is the model that has it merged, whose card holds the figures."
     if not measured:
         return "Not measured yet: `ballast evaluate` on the run's configuration writes the figures here."
     last = list(measured.values())[-1]
     prompts = ", ".join(f"{count} {kind}" for kind, count in last.prompts.items())
+    watching = (
+        deciding_guards(config.monitor.judge or config.judge) if config.monitor.enabled and stage != "align" else {}
+    )
+    shared = watching.keys() & deciding_guards(config.judge).keys()
+    part = "watched the training too, and so had a say in it" if shared else "took no part in training"
     return (
         f"{markdown_table(list(measured.items()))}\n\nOn {prompts} prompts, {config.evaluate.samples} answers each; a value with its "
         f"interval at {config.evaluate.interval:.0%}. Unsafe is the judge's risk from {config.evaluate.threshold:g} on, and the judge "
-        "took no part in training. Refusals are recognised by their words: wanted on harmful prompts, not on the others."
+        f"{part}. Refusals are recognised by their words: wanted on harmful prompts, not on the others."
     )
