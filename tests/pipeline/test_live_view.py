@@ -142,6 +142,14 @@ def test_in_a_terminal_a_training_is_a_table_and_no_line_a_step(tmp_path):
     assert "7/10" not in shown
 
 
+def test_the_monitor_may_show_a_progress_bar_while_the_table_is_drawn(tmp_path):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, force_interactive=True)
+    context = RunContext(load_config("demo", [f"out={tmp_path}"]), console)
+    with context.live("train"), context.progress("answering", 2) as done:
+        done(2)
+    assert "answering" in console.file.getvalue()
+
+
 @pytest.mark.parametrize("terminal", [{}, {"live": False, "force_terminal": True, "force_interactive": True}])
 def test_without_a_terminal_and_with_no_live_a_step_is_a_line(tmp_path, terminal):
     lines = trained(tmp_path, **terminal).splitlines()
