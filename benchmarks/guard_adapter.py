@@ -154,10 +154,7 @@ def fit(rows: list[Row], states: list[States], seed: int) -> tuple[RiskHead, dic
     torch.manual_seed(seed)
     rng, guard = random.Random(seed), Guard()
     weights = row_weights(rows, GROUP_WEIGHT)
-    parts = {
-        name: [n for n, row in enumerate(rows) if row.part == name and (name == "fit" or states[n].ends)]
-        for name in ("fit", "dev")
-    }
+    parts = {name: [n for n, row in enumerate(rows) if row.part == name] for name in ("fit", "dev")}
 
     def draw(part: str) -> Iterator[Batch]:
         chosen = parts[part]
