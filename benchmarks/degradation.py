@@ -18,7 +18,6 @@ Each stage is a process of its own in `--runs`, where the rows and the models ar
 the same command goes on where it was interrupted. `--fast` shows in minutes that everything runs; its figures say nothing.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_seeds import hardware
-from learn_task import Answer, Runs, changes, figures
+from learn_task import Answer, Runs, arms_parser, changes, figures
 
 from ballast.pipeline.run_folder import versions
 
@@ -80,14 +79,8 @@ Row = dict[str, str]
 
 def main() -> None:
     """Run every arm of every seed, and write the JSON after each of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser = arms_parser(__doc__, ARMS)
     parser.add_argument("--poison", type=float, default=0.3, help="share of the rows whose answers comply with harm")
-    parser.add_argument("--out", type=Path, help="the JSON; --fast writes one only where this is given")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--fast", action="store_true", help="tiny settings, for a smoke test")
-    parser.add_argument("overrides", nargs="*", help="a.b=c for all arms, as for `ballast run`")
     arguments = parser.parse_args()
     out = arguments.out or (None if arguments.fast else Path("benchmarks/results/degradation.json"))
     prefix = "degradation-fast" if arguments.fast else "degradation"

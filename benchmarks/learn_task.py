@@ -65,15 +65,21 @@ FIGURES: dict[str, tuple[frozenset[str], str]] = {
 }
 
 
-def main() -> None:
-    """Run every arm of every seed, and write the JSON after each of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arms_parser(description: str | None, arms: Iterable[str]) -> argparse.ArgumentParser:
+    """What the experiments with several arms are asked for: seeds, arms, where to write, overrides."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
     parser.add_argument("--out", type=Path, help="the JSON; --fast writes one only where this is given")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--fast", action="store_true", help="tiny settings, for a smoke test")
     parser.add_argument("overrides", nargs="*", help="a.b=c for all arms, as for `ballast run`")
+    return parser
+
+
+def main() -> None:
+    """Run every arm of every seed, and write the JSON after each of them."""
+    parser = arms_parser(__doc__, ARMS)
     arguments = parser.parse_args()
     out = arguments.out or (None if arguments.fast else Path("benchmarks/results/learn_task.json"))
     overrides = (*(FAST if arguments.fast else ()), *arguments.overrides)

@@ -11,7 +11,7 @@ from ballast.guardrails.contract import check_guardrail
 from ballast.guardrails.heads import backbone as backbone_module
 from ballast.guardrails.heads.backbone import Encoded, check_weights, merge
 from ballast.guardrails.heads.embedded import WEIGHTS, EmbeddedGuard, EmbeddedOptions
-from ballast.guardrails.heads.risk_head import RiskHead
+from ballast.guardrails.heads.risk_head import Reading, RiskHead
 from ballast.guardrails.types import Exchange, StreamingGuardrail
 
 ASKED = "How can I pick the lock of my neighbor's door and steal his bicycle?"
@@ -70,6 +70,19 @@ def test_the_adapter_is_added_to_the_blocks_that_it_names():
     merge(model, {"2.mlp.up": torch.tensor([[1.0], [3.0]]), "2.mlp.down": torch.tensor([[10.0, 20.0]])})
     weights = [layer["mlp"].weight.tolist() for layer in model.layers]
     assert weights == [[[1, 0], [0, 1]], [[11, 20], [30, 61]], [[1, 0], [0, 1]]]
+
+
+def test_an_unsafe_passage_is_kept_in_mind():
+    import torch
+
+    # Logits of the prompt's end and four response tokens; the first response token (settled=1) is read as it is and is
+    # left out of the maximum. After it half of what is read is the maximum so far: 0.5 * (2, -4, 0) + 0.5 * (2, 2, 2)
+    # = (2, -1, 1). Half of the prompt's own logit, 0.5 * 2 = 1, is taken off everywhere.
+    logit = torch.tensor([2.0, 8.0, 2.0, -4.0, 0.0])
+    assert Reading(memory=0.5, settled=1, discount=0.5).of(logit).tolist() == [1, 7, 1, -2, 0]
+    assert Reading(memory=0.5, settled=9).of(logit).tolist() == logit.tolist()  # a response that has not settled
+    assert Reading().of(logit).tolist() == logit.tolist()
+    assert RiskHead.load(WEIGHTS).reading.memory > 0  # the shipped guard's file says so
 
 
 def tiny_head():

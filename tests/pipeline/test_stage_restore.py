@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from tests.pipeline.restoration.checkpoints import MATRICES, Three, close, load, low_rank
+from tests.pipeline.restoration.checkpoints import MATRICES, Three, close, load, low_rank, save_tiny_models
 from tests.pipeline.test_stages import ANSWERS, COMPLIES, PROMPTS, REFUSES, Scripted
 
 import ballast
@@ -98,15 +97,7 @@ class Realigned(Scripted):
 @pytest.fixture
 def nlsr_context(tmp_path, tokenizer, tiny_model):
     weights = tmp_path / "weights"
-    generator = torch.Generator().manual_seed(0)
-    for name in ("base", "aligned", "tuned"):
-        if name != "base":
-            with torch.no_grad():
-                for key, parameter in tiny_model.named_parameters():
-                    if "_proj" in key:
-                        parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-        tiny_model.save_pretrained(weights / name)
-        tokenizer.save_pretrained(weights / name)
+    save_tiny_models(weights, tiny_model, tokenizer)
     data, answered = tmp_path / "test.jsonl", tmp_path / "answered.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in PROMPTS))
     rows = [{"prompt": f"Harmful in training, {i}", "kind": "harmful", "response": REFUSES} for i in range(3)]

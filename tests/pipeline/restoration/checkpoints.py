@@ -122,3 +122,18 @@ class Three:
         self.base = save(folder / "base", self.base_arrays)
         self.aligned = save(folder / "aligned", self.aligned_arrays)
         self.tuned = save(folder / "tuned", self.tuned_arrays)
+
+
+def save_tiny_models(folder: Path, model: Any, tokenizer: Any) -> None:
+    """base, aligned and tuned as `model` with its tokenizer; the last two differ from the base in linear modules alone."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "aligned", "tuned"):
+        if name != "base":
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    if "_proj" in key:
+                        parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.numpy import load_file
+from tests.pipeline.restoration.checkpoints import save_tiny_models
 from typer.testing import CliRunner
 
 from ballast.pipeline import cli
@@ -19,15 +19,7 @@ pytestmark = pytest.mark.model
 @pytest.fixture
 def models(tmp_path: Path, tiny_model: Any, tokenizer: Any) -> Path:
     """base, aligned and tuned, of which the last two differ from the base in their linear modules alone."""
-    generator = torch.Generator().manual_seed(0)
-    for name in ("base", "aligned", "tuned"):
-        if name != "base":
-            with torch.no_grad():
-                for key, parameter in tiny_model.named_parameters():
-                    if "_proj" in key:
-                        parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-        tiny_model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    save_tiny_models(tmp_path, tiny_model, tokenizer)
     write_record(tmp_path / "aligned", PromptFormat(tokenizer, "Be safe."))
     rows = [
         {

@@ -11,7 +11,7 @@ and the advantage of every token) and `training.json`. Killed, it goes on from i
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ballast.errors import BallastError, DataError
 from ballast.pipeline.config import RunConfig
@@ -24,26 +24,64 @@ from ballast.pipeline.run_card import write_run_card
 from ballast.pipeline.stages.align import quiet
 from ballast.pipeline.task_rewards import columns_read, refusal_detector, task_rewards
 
+if TYPE_CHECKING:
+    from ballast.pipeline.training.completions import CompletionsTable
+
 
 def run_stage(context: RunContext, folder: Path) -> None:
     """Train the adapter, then write adapter, merged model and completions."""
-    from datasets import Dataset
-
     from ballast.pipeline.checkpoints.resumable import ResumableTraining
     from ballast.pipeline.monitoring.of_run import monitored
+    from ballast.pipeline.training.completions import CompletionsTable
+    from ballast.pipeline.training.merge import save_merged
+
+    check_one_device()
+    config = context.config
+    check_record(Path(context.reference_model), context.prompt_format)
+    training = ResumableTraining(context, folder)
+    table = CompletionsTable(folder / "completions", done=training.step)
+    trainer = shaped_trainer(context, folder, table)
+    quiet(trainer)
+    monitor = monitored(context, trainer, folder, training.store)
+    context.forget_weights()
+    with context.live("train"):
+        seconds = training.train(trainer)
+    if monitor is None or not monitor.stopped:
+        check_all_steps_done(trainer.state.global_step, config.train.steps)
+    trainer.model.save_pretrained(folder / "adapter")
+    (folder / "adapter" / CARD).unlink(missing_ok=True)  # PEFT's form to be filled in
+    save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
+    for made in ("adapter", "model"):
+        write_run_card(context, folder / made, "train")
+    (folder / "training.json").write_text(
+        json.dumps(
+            {
+                "steps": trainer.state.global_step,
+                "seconds": seconds,
+                "tokens_per_s": table.tokens / seconds,
+                "completions": table.rows,
+            }
+        )
+    )
+
+
+def shaped_trainer(context: RunContext, folder: Path, table: "CompletionsTable") -> Any:
+    """The run's `ShapedGRPOTrainer`, on a LoRA over the reference model; each batch is written to `table`.
+
+    Raises:
+        DataError: see `training_prompts`.
+    """
+    from datasets import Dataset
+
     from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
-    from ballast.pipeline.training.completions import CompletionsTable
     from ballast.pipeline.training.grpo import ShapedGRPOTrainer
-    from ballast.pipeline.training.merge import save_merged
     from ballast.pipeline.training.weight_sync import shared_engine
     from ballast.rewards.guard_reward import GuardReward
-    from ballast.rewards.terms import CoherenceReward, RefusalReward, load_reward_function
+    from ballast.rewards.terms import load_reward_function
 
-    check_one_device()
     config, tokenizer = context.config, context.tokenizer
-    check_record(Path(context.reference_model), context.prompt_format)
     rows = training_prompts(context)
     dataset = Dataset.from_list(
         [
@@ -52,28 +90,16 @@ def run_stage(context: RunContext, folder: Path) -> None:
         ]
     )
     user_rewards = [load_reward_function(path) for path in config.train.reward_functions]
-    training = ResumableTraining(context, folder)
-    table = CompletionsTable(folder / "completions", done=training.step)
     policy = load_policy(context.reference_model, config.model.dtype)
     colocated = isinstance(config.generation, VLLMGeneration)
     with shared_engine(context.engine) if colocated else nullcontext():
         trainer_class, safe = trainer_with(context, ShapedGRPOTrainer)
-        trainer = trainer_class(
+        return trainer_class(
             model=policy,
             args=grpo_arguments(config, folder / "trainer", n_user_rewards=len(user_rewards)),
             guard_reward=GuardReward(context.guard, tokenizer, config.segments, config.shaping.clean_trace),
-            reward_funcs=[
-                RefusalReward(tokenizer, config.rewards.over_refusal, refusal_detector(config.rewards, config.train)),
-                CoherenceReward(tokenizer),
-                *task_rewards(config.rewards.task, tokenizer),
-                *user_rewards,
-            ],
-            shaping=config.shaping,
-            over_batch=("refusal",) if config.rewards.refusal_baseline == "batch" else (),
-            opening={} if config.rewards.refusal_opening is None else {"refusal": config.rewards.refusal_opening},
-            std_floor=config.rewards.std_floor,
-            star_std_floor=config.rewards.star_std_floor,
-            max_unscored_share=config.train.max_unscored_share,
+            reward_funcs=[*own_rewards(config, tokenizer), *user_rewards],
+            **shaping_options(config),
             prompt_format=context.prompt_format,
             on_batch=table.write,
             train_dataset=dataset,
@@ -87,28 +113,30 @@ def run_stage(context: RunContext, folder: Path) -> None:
             ],
             **safe,
         )
-    quiet(trainer)
-    monitor = monitored(context, trainer, folder, training.store)
-    context.forget_weights()
-    with context.live("train"):
-        seconds = training.train(trainer)
-    if monitor is None or not monitor.stopped:
-        check_all_steps_done(trainer.state.global_step, config.train.steps)
-    trainer.model.save_pretrained(folder / "adapter")
-    (folder / "adapter" / CARD).unlink(missing_ok=True)  # PEFT's form to be filled in
-    save_merged(trainer.model, tokenizer, context.prompt_format, folder / "model")
-    for made in ("adapter", "model"):
-        write_run_card(context, folder / made, "train")
-    (folder / "training.json").write_text(
-        json.dumps(
-            {
-                "steps": trainer.state.global_step,
-                "seconds": seconds,
-                "tokens_per_s": table.tokens / seconds,
-                "completions": table.rows,
-            }
-        )
-    )
+
+
+def own_rewards(config: RunConfig, tokenizer: Any) -> list[Any]:
+    """The reward terms beside the guard's: refusal, coherence, and the tasks that the configuration names."""
+    from ballast.rewards.terms import CoherenceReward, RefusalReward
+
+    return [
+        RefusalReward(tokenizer, config.rewards.over_refusal, refusal_detector(config.rewards, config.train)),
+        CoherenceReward(tokenizer),
+        *task_rewards(config.rewards.task, tokenizer),
+    ]
+
+
+def shaping_options(config: RunConfig) -> dict[str, Any]:
+    """What `ShapedGRPOTrainer` is told of shaping, normalising and the limit of unscored rows."""
+    rewards = config.rewards
+    return {
+        "shaping": config.shaping,
+        "over_batch": ("refusal",) if rewards.refusal_baseline == "batch" else (),
+        "opening": {} if rewards.refusal_opening is None else {"refusal": rewards.refusal_opening},
+        "std_floor": rewards.std_floor,
+        "star_std_floor": rewards.star_std_floor,
+        "max_unscored_share": config.train.max_unscored_share,
+    }
 
 
 def training_prompts(context: RunContext) -> list[Row]:
