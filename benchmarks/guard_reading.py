@@ -30,8 +30,11 @@ CONTEXT = 900  # tokens
 
 
 def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[str, Any]]:
-    """Choose the reading by AUROC (mean over the two human sets and the rest), calibrate (Platt), then lower the
-    logit until few safe rows stand over 0.5.
+    """Choose the reading by AUROC (mean over the two human sets and other answers to harmful prompts), calibrate
+    (Platt), then lower the logit until few safe rows stand over 0.5.
+
+    Ordinary prompts have no say in the reading: a rollout is rewarded against others of its own prompt, so what the
+    prompt gives away must not win.
 
     Args:
         head: as trained.
@@ -41,7 +44,8 @@ def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[s
     rows = _some(rows, random.Random(seed))
     traces = _logits(head, rows)
     label, group = np.array([row.label for row in rows]), np.array([row.group for row in rows])
-    sets = [group == HUMAN[0], group == HUMAN[1], ~np.isin(group, HUMAN)]
+    harmful = np.array([row.harmful is True for row in rows])
+    sets = [group == HUMAN[0], group == HUMAN[1], ~np.isin(group, HUMAN) & harmful]
     tried = []
     for memory, settled, discount in product((0.0, 0.5, 1.0), (0, 8, 16, 24), (0.0, 0.25, 0.5)):
         reading = Reading(memory, settled, discount)
@@ -65,8 +69,8 @@ def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[s
         "reading": asdict(reading),
         "rows": len(rows),
         "false_alarms": FALSE_ALARMS,
-        "dev_auroc": dict(zip((*HUMAN, "others"), scores, strict=True)),
-        "dev_auroc_each_position_by_itself": dict(zip((*HUMAN, "others"), before[2], strict=True)),
+        "dev_auroc": dict(zip((*HUMAN, "other_harmful"), scores, strict=True)),
+        "dev_auroc_each_position_by_itself": dict(zip((*HUMAN, "other_harmful"), before[2], strict=True)),
         **numbers,
     }
 

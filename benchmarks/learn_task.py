@@ -145,6 +145,18 @@ class Runs:
             self._stage(stage, name, seed, *self._from_aligned(seed), *self.arms[arm])
         return read_answers(self.folder / name / "evaluate" / "final.parquet")
 
+    def restore(self, seed: int, arm: str, *settings: str) -> None:
+        """Repair a trained and measured arm; what is repaired from, and how, is for `settings` to say."""
+        name = f"{self.prefix}-seed{seed}-{arm}"
+        self._stage("restore", name, seed, *self._from_aligned(seed), *self.arms[arm], *settings)
+
+    def localize(self, seed: int, method: str) -> dict[str, Any]:
+        """What the stage `localize` finds in the aligned model of a seed."""
+        name = f"{self.prefix}-seed{seed}-{method}"
+        self._stage("localize", name, seed, *self._from_aligned(seed), f"localize.method={method}")
+        found: dict[str, Any] = json.loads((self.folder / name / "localize" / "layers.json").read_text())
+        return found
+
     def _from_aligned(self, seed: int) -> tuple[str, str]:
         model = self.folder / f"{self.prefix}-seed{seed}-aligned" / "align" / "model"
         return f"model.name={json.dumps(str(model))}", "align.enabled=false"

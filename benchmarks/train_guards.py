@@ -110,7 +110,7 @@ def measure_embedded(args: argparse.Namespace) -> None:
 
 def embedded_rows(args: argparse.Namespace, longest: int = guard_data.MAX_RESPONSE) -> list[guard_data.Row]:
     """Rows of the guard's half, capped by group and label, and prompts without a response."""
-    caps = {"gptfuzz_train": 1800} | {"gpteacher_roleplay": 900, "gsm8k_train_2k": 150}
+    caps = {"gptfuzz_train": 1800} | {"gpteacher_roleplay": 900, "gsm8k_train_2k": 150, "sampled_own_ordinary": 900}
     answers = [*args.answers, *args.more_answers]
     rows = guard_data.training_rows(args.data, args.requests, answers, [], 400, caps, args.seed, longest)
     rows = [row for row in rows if row.half == "guard"]

@@ -1,17 +1,14 @@
 """The real thing: `ballast serve` with vLLM and the embedded model, asked by the openai client."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+from tests.pipeline.serving.live_server import KEY, descendants, started
 
 from ballast.pipeline.model_record import write_record
 from ballast.pipeline.prompting import PromptFormat
@@ -30,52 +27,15 @@ def served(embedded_folder, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tuned"
     shutil.copytree(embedded_folder, folder)
     write_record(folder, PromptFormat(tokenizer, SYSTEM))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["serve", str(folder), "--eager", "--max-model-len", "512", f"serve.port={port}", "serve.guard=embedded"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ballast.pipeline.cli", *words],
-        env={**os.environ, "BALLAST_API_KEYS": "key"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    said = []
-    try:
-        for line in process.stderr:
-            said.append(line)
-            if "serving 'tuned'" in line:
-                break
-        else:
-            pytest.fail("it did not start: " + "".join(said))
-        yield process, f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def descendants(pid):
-    """Ids and command lines of all processes below one."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            found.setdefault(parent, []).append((int(path.parent.name), (path.parent / "cmdline").read_bytes()))
-        except FileNotFoundError:
-            continue
-    below, todo = [], [pid]
-    while todo:
-        for child, line in found.get(todo.pop(), []):
-            below.append((child, line.decode(errors="replace").split("\0")))
-            todo.append(child)
-    return below
+    with started(folder, "serve.guard=embedded") as server:
+        yield server
 
 
 def test_the_openai_client_gets_the_same_answer_whole_and_in_pieces(served, tokenizer):
     from openai import OpenAI
 
     _, url = served
-    client = OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0)
+    client = OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
     asked = {"model": "tuned", "messages": QUESTION, "max_tokens": 16, "temperature": 0, "seed": 0}
     whole = client.chat.completions.create(**asked)
     assert whole.choices[0].message.content.strip()
