@@ -42,8 +42,9 @@ class PromptingConfig(Component):
 class DataConfig(Component):
     """Prompts to train and to measure on. Train and test must not share a prompt.
 
-    A source is `shipped` (or `shipped:harmful`, `shipped:ordinary,scary`), a json, jsonl, csv or parquet file, or
-    a hub id with `:split` behind it.
+    A source is `shipped` (or `shipped:harmful`, `shipped:ordinary,scary`), a json, jsonl, csv or parquet file, a hub
+    id with `:split` behind it, or a published set, which knows its columns and kinds: `advbench` from the hub,
+    `xstest:rows.csv` from a file. docs/evaluation.md has the names.
     """
 
     train: Names = Field(("shipped",), min_length=1, description="sources of training prompts")

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ballast.errors import DataError
 from ballast.pipeline.data_columns import ColumnUse, check_columns, take
+from ballast.pipeline.data_sources import SHIPPED, Source, parse_source, read_source
+from ballast.pipeline.evaluation.named_suites import NamedSuite
 from ballast.pipeline.evaluation.suites import KINDS, Kind, Suite, SuitePrompt
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ Split = Literal["train", "test"]
 # Of the draw of test prompts, and not the run's own: see `held_out_suite`.
 _TEST_SEED = 0
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
 _SHOWN = 20  # characters of a wrong kind that an error repeats
 
 
@@ -33,6 +31,7 @@ class Row:
 
     Attributes:
         source: the file or data set that it is from.
+        suite: what figures of that source alone are called.
         columns: further columns that were asked for, for rewards; None where the source has nothing.
     """
 
@@ -42,6 +41,7 @@ class Row:
     category: str | None = None
     response: str | None = None
     source: str = field(default="", compare=False)
+    suite: str = field(default="", compare=False)
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -51,8 +51,8 @@ def load_rows(
     """Read sources in order.
 
     Args:
-        sources: `shipped`, `shipped:harmful,scary`, a json, jsonl, csv or parquet file, or `owner/name:split` on
-            the hub.
+        sources: `shipped`, `shipped:harmful,scary`, a json, jsonl, csv or parquet file, `owner/name:split` on the
+            hub, or a published set by name, from the hub or from such a place: `advbench`, `advbench:rows.csv`.
         split: which half of the shipped rows.
         config: columns, and the kind of rows that do not say theirs.
         answers: whether each row must have an answer.
@@ -63,11 +63,15 @@ def load_rows(
             that is no request of a known kind.
     """
     rows: list[Row] = []
-    for source in sources:
-        shipped = source.partition(":")[0] == "shipped"
-        found = _shipped(source, split, columns) if shipped else _table(source, config, answers, columns)
+    for source in map(parse_source, sources):
+        if source.shipped is not None:
+            found = _shipped(source, split, columns)
+        elif source.suite is not None:
+            found = _published(source, source.suite, answers, columns)
+        else:
+            found = _table(source, config, answers, columns)
         if not found:
-            raise DataError(f"data source '{source}' has no rows; give a file with at least one")
+            raise DataError(f"data source '{source.text}' has no rows; give a file with at least one")
         rows += found
     # Answers, verdicts and comparisons refer to a row by its id alone.
     twice = [row_id for row_id, count in Counter(row.id for row in rows).items() if count > 1]
@@ -148,7 +152,12 @@ def held_out_suite(config: "DataConfig") -> Suite:
     seed alone are measured on one test set.
     """
     rows = draw(load_rows(config.test, "test", config), config.max_test, _TEST_SEED)
-    return Suite("test", tuple(SuitePrompt(row.id, row.prompt, row.kind, row.category or "") for row in rows))
+    return Suite("test", tuple(suite_prompt(row) for row in rows))
+
+
+def suite_prompt(row: Row) -> SuitePrompt:
+    """A row as a prompt to measure on."""
+    return SuitePrompt(row.id, row.prompt, row.kind, row.category or "", row.suite)
 
 
 def interleave(rows: Sequence[Row], seed: int) -> list[Row]:
@@ -172,22 +181,44 @@ def normalise(prompt: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split())
 
 
-def _shipped(source: str, split: Split, columns: Sequence[str]) -> list[Row]:
-    kinds = source.partition(":")[2].split(",") if ":" in source else list(KINDS)
+def _shipped(source: Source, split: Split, columns: Sequence[str]) -> list[Row]:
+    kinds = source.shipped.split(",") if source.shipped else list(KINDS)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
-        raise DataError(f"data source '{source}': no kind '{unknown[0]}' in the shipped set; it has {', '.join(KINDS)}")
+        raise DataError(
+            f"data source '{source.text}': no kind '{unknown[0]}' in the shipped set; it has {', '.join(KINDS)}"
+        )
     lines = (resources.files("ballast.data") / "requests.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [
-        Row(r["id"], r["prompt"], r["kind"], r["category"], r["response"], source, take(r, columns))
+        Row(r["id"], r["prompt"], r["kind"], r["category"], r["response"], source.text, SHIPPED, take(r, columns))
         for r in records
         if r["split"] == split and r["kind"] in kinds
     ]
 
 
-def _table(source: str, config: "DataConfig", answers: bool, further: Sequence[str]) -> list[Row]:
-    table = _read(source)
+def _published(source: Source, suite: NamedSuite, answers: bool, further: Sequence[str]) -> list[Row]:
+    """Rows of a published set, each under its number in the table, so that an id means one prompt whatever is left out."""
+    if answers:
+        raise DataError(
+            f"data source '{source.text}': {suite.name} has requests to measure with and no answers to imitate; take another "
+            "source where answers are learnt"
+        )
+    table = read_source(source)
+    column = suite.prompt_column(list(table.column_names), source.text)
+    rows = []
+    for i, record in enumerate(map(dict, table)):
+        kind = suite.kind(record)
+        if kind is not None:
+            row_id = f"{suite.name}-{i}"
+            prompt, kind = _prompt(record, column, row_id, source), _kind(kind, row_id, source, suite.needs)
+            category, kept = suite.category(record), take(record, further)
+            rows.append(Row(row_id, prompt, kind, category, None, source.text, suite.name, kept))
+    return rows
+
+
+def _table(source: Source, config: "DataConfig", answers: bool, further: Sequence[str]) -> list[Row]:
+    table = read_source(source)
     columns = list(table.column_names)
     needed = [("prompt_column", config.prompt_column)] + (
         [("response_column", config.response_column)] if answers else []
@@ -195,75 +226,50 @@ def _table(source: str, config: "DataConfig", answers: bool, further: Sequence[s
     for key, column in needed:
         if column not in columns:
             raise DataError(
-                f"data source '{source}' has no column '{column}'; it has {', '.join(columns)}: set data.{key} to one of them"
+                f"data source '{source.text}' has no column '{column}'; it has {', '.join(columns)}: set data.{key} to one of them"
             )
     if config.kind_column not in columns and config.kind is None:
         raise DataError(
-            f"data source '{source}' has no column '{config.kind_column}' that says which prompts are harmful; set "
+            f"data source '{source.text}' has no column '{config.kind_column}' that says which prompts are harmful; set "
             f"data.kind to {', '.join(KINDS)} for all of its rows, or data.kind_column to one of {', '.join(columns)}"
         )
-    name = Path(source).stem
-    return [_row(f"{name}-{i}", dict(record), source, config, answers, further) for i, record in enumerate(table)]
+    return [
+        _row(f"{source.name}-{i}", dict(record), source, config, answers, further) for i, record in enumerate(table)
+    ]
 
 
 def _row(
-    row_id: str, record: dict[str, Any], source: str, config: "DataConfig", answers: bool, further: Sequence[str]
+    row_id: str, record: dict[str, Any], source: Source, config: "DataConfig", answers: bool, further: Sequence[str]
 ) -> Row:
-    prompt, kind = record[config.prompt_column], record.get(config.kind_column, config.kind)
-    if not isinstance(prompt, str) or not prompt.strip():
-        # Named by its type: a list of messages would put their text into the terminal.
-        held = "an empty text" if isinstance(prompt, str) else f"a value of type {type(prompt).__name__}"
-        raise DataError(
-            f"data source '{source}', row {row_id}: column '{config.prompt_column}' holds {held}, not a prompt; remove or mend the row"
-        )
-    if kind not in KINDS:
-        # A column of long texts was named by mistake: its text stays out of the terminal.
-        held = repr(kind) if len(str(kind)) <= _SHOWN else f"a value of type {type(kind).__name__}"
-        raise DataError(
-            f"data source '{source}', row {row_id}: kind is {held}, not one of {', '.join(KINDS)}; mend column '{config.kind_column}'"
-        )
+    prompt = _prompt(record, config.prompt_column, row_id, source)
+    kind = _kind(record.get(config.kind_column, config.kind), row_id, source, (config.kind_column,))
     category, response = record.get("category"), record.get(config.response_column)
     if answers and (not isinstance(response, str) or not response.strip()):
         raise DataError(
-            f"data source '{source}', row {row_id}: column '{config.response_column}' holds no answer to imitate; remove or mend the row"
+            f"data source '{source.text}', row {row_id}: column '{config.response_column}' holds no answer to imitate; remove or mend the row"
         )
     response = response if isinstance(response, str) else None
-    return Row(row_id, prompt, kind, str(category) if category else None, response, source, take(record, further))
+    category = str(category) if category else None
+    return Row(row_id, prompt, kind, category, response, source.text, source.name, take(record, further))
 
 
-def _read(source: str) -> Any:
-    import datasets
-
-    path = Path(source).expanduser()
-    if path.suffix in _READERS:
-        if not path.is_file():
-            raise DataError(
-                f"data file '{source}' does not exist (looked in {path.absolute().parent}); check data.train and data.test"
-            )
-        if path.stat().st_size == 0:
-            raise DataError(f"data file '{source}' is empty; give a file with at least one row")
-        try:
-            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:
-            raise DataError(
-                f"data file '{source}' cannot be read as {path.suffix[1:]} ({_root(error)}); mend the file"
-            ) from error
-    name, _, split = source.partition(":")
-    # `owner/name-1.0` is a hub id; `prompts.txt`, a folder or a longer path is not.
-    file_like = path.suffix[1:].isalpha() or name.count("/") > 1 or source.startswith((".", "~", "/"))
-    if path.exists() or file_like:
-        raise DataError(
-            f"data source '{source}' is no file of a known form; give one that ends in {', '.join(_READERS)}"
-        )
-    try:
-        return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:
-        raise DataError(
-            f"data set '{name}' cannot be loaded from the hub ({_root(error)}); check its name, split and your connection, or give a file"
-        ) from error
+def _prompt(record: dict[str, Any], column: str, row_id: str, source: Source) -> str:
+    prompt = record[column]
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    # Named by its type: a list of messages would put their text into the terminal.
+    held = "an empty text" if isinstance(prompt, str) else f"a value of type {type(prompt).__name__}"
+    raise DataError(
+        f"data source '{source.text}', row {row_id}: column '{column}' holds {held}, not a prompt; remove or mend the row"
+    )
 
 
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+def _kind(kind: Any, row_id: str, source: Source, columns: Sequence[str]) -> Kind:
+    if kind in KINDS:
+        return cast("Kind", kind)
+    # A column of long texts was named by mistake: its text stays out of the terminal.
+    held = repr(kind) if len(str(kind)) <= _SHOWN else f"a value of type {type(kind).__name__}"
+    raise DataError(
+        f"data source '{source.text}', row {row_id}: kind is {held}, not one of {', '.join(KINDS)}; mend column "
+        f"'{columns[0]}'"
+    )

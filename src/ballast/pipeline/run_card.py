@@ -15,6 +15,7 @@ from ballast.guardrails.licences import APACHE
 from ballast.guardrails.registry import licence_of
 from ballast.pipeline.config_guards import deciding_guards
 from ballast.pipeline.config_rewards import GuardRefusal
+from ballast.pipeline.data_sources import parse_source
 from ballast.pipeline.evaluation.metrics import EvaluationSummary
 from ballast.pipeline.evaluation.tables import markdown_table
 from ballast.pipeline.model_card import CARD, Card, hub_id, prompt_format_section, shown_model, table, write_card
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 Stage = Literal["align", "train", "restore"]
 
-_DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 _WHAT = {
     "align": "after its warm start, before the guardrail-shaped training",
     "train": "tuned under a guardrail",
@@ -72,7 +72,7 @@ def run_card(context: "RunContext", folder: Path, stage: Stage, measured: Mappin
         summary=f"`{name}`, {_WHAT[stage]}, by [Ballast](https://github.com/ballast-rl/ballast).",
         base_model=config.model.name,
         revision=config.model.revision,
-        datasets=sorted({source.partition(":")[0] for source in sources if _is_hub(source)}),
+        datasets=sorted({parse_source(source).hub_name for source in sources if _is_hub(source)}),
         sections=sections,
     )
 
@@ -127,16 +127,19 @@ def _sources(config: "RunConfig", stage: Stage) -> Iterator[tuple[str, str]]:
 
 def _source(source: str) -> tuple[str, str]:
     """What a data source is called, without the way to a file on this machine, and its licence."""
-    if source.partition(":")[0] == "shipped":
+    parsed = parse_source(source)
+    if parsed.shipped is not None:
         return f"Ballast's own requests (`{source}`)", APACHE.name
+    if parsed.suite:
+        return parsed.suite.title, parsed.suite.licence
     if _is_hub(source):
         return f"`{source}`", "see its card"
     return f"`{Path(source).name}`", "not known to Ballast"
 
 
 def _is_hub(source: str) -> bool:
-    name = source.partition(":")[0]
-    return name != "shipped" and Path(source).suffix not in _DATA_FILES and hub_id(name) is not None
+    parsed = parse_source(source)
+    return parsed.shipped is None and parsed.file is None and hub_id(parsed.hub_name) is not None
 
 
 def _guards(config: "RunConfig", stage: Stage) -> Iterator[tuple[str, "BaseModel"]]:

