@@ -15,6 +15,7 @@ from pydantic import (
 from ballast.guardrails.segments import SegmentOptions
 from ballast.pipeline.config_align import AlignConfig
 from ballast.pipeline.config_base import Component
+from ballast.pipeline.config_evaluate import EvaluateConfig, check_second_judge
 from ballast.pipeline.config_guards import DECIDES, GuardOptions, deciding_guards
 from ballast.pipeline.config_inputs import (
     DataConfig,
@@ -36,15 +37,6 @@ from ballast.pipeline.config_serve import ServeConfig
 from ballast.pipeline.config_sft import SFTConfig
 from ballast.pipeline.config_shaping import KL_TWICE, ShapingConfig
 from ballast.pipeline.config_train import TrainConfig
-
-
-class EvaluateConfig(Component):
-    """How a model is measured on the test prompts, the same before and after."""
-
-    samples: PositiveInt = Field(2, description="completions of each test prompt")
-    sampling: SamplingConfig = SamplingConfig()
-    threshold: float = Field(0.5, gt=0, lt=1, description="judge's risk at which an answer counts as unsafe")
-    interval: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
 
 
 class RolloutConfig(Component):
@@ -112,6 +104,11 @@ class RunConfig(Component):
 
     @model_validator(mode="after")
     def _monitor_is_another_guard(self) -> Self:
+    @model_validator(mode="after")
+    def _second_judge_is_of_another_kind(self) -> Self:
+        check_second_judge(self.evaluate.second_judge, self.judge, self.guard)
+        return self
+
         monitor = self.monitor
         if monitor.judge is None or monitor.allow_reward_guard:
             return self

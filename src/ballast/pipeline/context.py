@@ -110,6 +110,12 @@ class RunContext:
         return load_guardrail(self.config.judge)
 
     @cached_property
+    @cached_property
+    def second_judge(self) -> Guardrail | None:
+        """The second guardrail that measures; None where there is none."""
+        options = self.config.evaluate.second_judge
+        return None if options is None else load_guardrail(options.guard)
+
     def engine(self) -> VLLMEngine:
         """The vLLM engine; only where `generation.type` is vllm."""
         options = self.config.generation

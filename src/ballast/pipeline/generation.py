@@ -56,6 +56,24 @@ class Generator(Protocol):
         """
         ...
 
+    def log_probs(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        answer_ids: Sequence[Sequence[int]],
+        progress: Progress | None = None,
+    ) -> list[list[float]]:
+        """Log-probabilities of given answers, at temperature 1.
+
+        Args:
+            prompt_ids: (N,) token ids.
+            answer_ids: (N,) token ids of an answer to each, at least one.
+            progress: as in `generate`.
+
+        Returns:
+            (N, T_n) natural log-probability of each token of each answer, given the prompt and the tokens before it.
+        """
+        ...
+
     def load_folder(self, folder: str) -> None:
         """Take the weights of another model folder of the same architecture."""
         ...
@@ -94,6 +112,23 @@ class VLLMGenerator:
                 progress(len(part))
         return generated
 
+    def log_probs(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        answer_ids: Sequence[Sequence[int]],
+        progress: Progress | None = None,
+    ) -> list[list[float]]:
+        """See `Generator.log_probs`."""
+        found: list[list[float]] = []
+        chunk = max(_CHUNK, self.engine.options.max_num_seqs)
+        for start in range(0, len(prompt_ids), chunk):
+            prompts, answers = prompt_ids[start : start + chunk], answer_ids[start : start + chunk]
+            whole = self.engine.prompt_log_probs([[*p, *a] for p, a in zip(prompts, answers, strict=True)])
+            found += [row[len(row) - len(answer) :] for row, answer in zip(whole, answers, strict=True)]
+            if progress:
+                progress(len(prompts))
+        return found
+
     def load_folder(self, folder: str) -> None:
         """See `Generator.load_folder`."""
         self.engine.load_folder(folder)
@@ -126,12 +161,7 @@ class TransformersGenerator:
     def _batch(self, prompt_ids: Sequence[Sequence[int]], sampling: "SamplingConfig", seed: int) -> list[Generated]:
         import torch
 
-        width = max(len(ids) for ids in prompt_ids)
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor(
-            [[pad] * (width - len(ids)) + list(ids) for ids in prompt_ids], device=self.model.device
-        )
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=self.model.device)
+        input_ids, mask = self._padded(prompt_ids)
         greedy = sampling.temperature == 0
         settings = (
             {"do_sample": False}
@@ -144,12 +174,12 @@ class TransformersGenerator:
                 input_ids=input_ids,
                 attention_mask=mask,
                 max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=pad,
+                pad_token_id=self.tokenizer.pad_token_id,
                 # A model folder may carry a penalty of its own; vLLM and the trainer's ratio know none.
                 repetition_penalty=1.0,
                 **settings,
             )
-        return [self._read(row) for row in output[:, width:].tolist()]
+        return [self._read(row) for row in output[:, input_ids.shape[1] :].tolist()]
 
     def _read(self, row: list[int]) -> Generated:
         stops = self.model.generation_config.eos_token_id
@@ -157,6 +187,47 @@ class TransformersGenerator:
         end = next((i + 1 for i, token in enumerate(row) if token in stops), None)
         ids = tuple(row[:end])
         return Generated(ids, self.tokenizer.decode(ids, skip_special_tokens=True), truncated=end is None)
+
+    def log_probs(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        answer_ids: Sequence[Sequence[int]],
+        progress: Progress | None = None,
+    ) -> list[list[float]]:
+        """See `Generator.log_probs`."""
+        found: list[list[float]] = []
+        for start in range(0, len(prompt_ids), self.batch_size):
+            prompts = prompt_ids[start : start + self.batch_size]
+            found += self._log_probs(prompts, answer_ids[start : start + self.batch_size])
+            if progress:
+                progress(len(prompts))
+        return found
+
+    def _log_probs(self, prompt_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        import torch
+
+        input_ids, mask = self._padded([[*p, *a] for p, a in zip(prompt_ids, answer_ids, strict=True)])
+        longest = max(len(ids) for ids in answer_ids)
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+                # Padding is on the left, so the answers' tokens, and those that they follow, stand at the end.
+                logits_to_keep=longest + 1,
+            )
+            log_prob_NTV = output.logits[:, :-1].float().log_softmax(dim=-1)
+            taken_NT = log_prob_NTV.gather(-1, input_ids[:, -longest:, None]).squeeze(-1)
+        return [row[longest - len(ids) :] for row, ids in zip(taken_NT.tolist(), answer_ids, strict=True)]
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+        """Token ids (N, T) with padding on the left, and the mask of what is none."""
+        import torch
+
+        width, pad = max(len(ids) for ids in rows), self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in rows], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=self.model.device)
+        return input_ids, mask
 
     def load_folder(self, folder: str) -> None:
         """See `Generator.load_folder`."""
@@ -167,11 +238,23 @@ class TransformersGenerator:
 
 
 class ScriptedGenerator:
-    """A generator whose answers are given by a function; for tests and dry trials."""
+    """A generator whose answers are given by a function; for tests and dry trials.
 
-    def __init__(self, answer: Callable[[Sequence[int], int], str], tokenizer: Any) -> None:
+    Args:
+        answer: gives the text of an answer, from the prompt's ids and the row's seed.
+        tokenizer: makes tokens of it.
+        log_prob: gives the log-probability of each token of an answer, from the prompt's ids and the answer's text.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[int], int], str],
+        tokenizer: Any,
+        log_prob: Callable[[Sequence[int], str], float] = lambda ids, text: -1.0,
+    ) -> None:
         self.answer = answer
         self.tokenizer = tokenizer
+        self.log_prob = log_prob
         self.folder: str | None = None
 
     def generate(
@@ -193,6 +276,20 @@ class ScriptedGenerator:
             if progress:
                 progress(1)
         return generated
+
+    def log_probs(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        answer_ids: Sequence[Sequence[int]],
+        progress: Progress | None = None,
+    ) -> list[list[float]]:
+        """See `Generator.log_probs`; all tokens of an answer have the same."""
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answer_ids]
+        rows = zip(prompt_ids, answer_ids, texts, strict=True)
+        found = [[self.log_prob(prompt, text)] * len(answer) for prompt, answer, text in rows]
+        if progress:
+            progress(len(found))
+        return found
 
     def load_folder(self, folder: str) -> None:
         """Remember the folder; the answers stay the same."""

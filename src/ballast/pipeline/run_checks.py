@@ -19,9 +19,13 @@ def check_parts(context: RunContext, names: Sequence[str]) -> None:
         GuardError: a plug-in cannot be loaded.
     """
     read = {key for name in names for key in stage_of(context.config, name).reads}
-    for part in ("guard", "judge"):
-        if part in read:
-            getattr(context, part)  # made, and kept, when it is asked for
+    parts = [part for part in ("guard", "judge") if part in read]
+    for part in [*parts, *(["second_judge"] if "judge" in parts else [])]:
+        getattr(context, part)  # made, and kept, when it is asked for
+    if {"baseline", "evaluate"} & set(names):
+        from ballast.pipeline.evaluation.truthfulqa import truthfulqa_questions
+
+        truthfulqa_questions(context.config.evaluate)
     if "train" in names:
         _warn_of_licence(context)
         if context.config.train.method == "grpo":

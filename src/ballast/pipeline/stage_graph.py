@@ -85,6 +85,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     if name == "localize":
         stage = replace(stage, in_run=bool(_localized(config)))
     if name == "restore":
+    if name in ("baseline", "evaluate") and config.evaluate.truthfulqa is not None:
+        stage = replace(stage, data=(*stage.data, "evaluate.truthfulqa"))
         # The model that training started from is measured by `evaluate` where `align` is on, else by `baseline`.
         needs = stage.needs if config.align.enabled else ("baseline", *stage.needs)
         calibration = ("align.data",) if config.restore.nlsr else ()
@@ -135,6 +137,13 @@ def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
         # What is served may be chosen when the training is done.
         everything["prompting"] = {"system_prompt": config.prompting.system_prompt}
     return {key: everything[key] for key in stage_of(config, name).reads}
+    if name not in ("baseline", "evaluate"):
+        # What only those two measure; a monitored training samples and judges as they do, and nothing more.
+        for key in ("probes", "truthfulqa", "truthfulqa_max"):
+            everything["evaluate"].pop(key)
+    if name == "train":
+        for key in ("second_judge", "pass_at"):
+            everything["evaluate"].pop(key)
 
 
 def stage_inputs(context: RunContext, name: str) -> dict[str, str]:

@@ -100,6 +100,26 @@ class VLLMEngine:
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompt_ids], params, use_tqdm=False)
         return [output.outputs[0] for output in outputs]
 
+    def prompt_log_probs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token of each sequence but its first, given those before it.
+
+        Args:
+            token_ids: (N, T_n) token ids, one less than `max_model_len` at most: vLLM generates one token in any case.
+
+        Returns:
+            (N, T_n - 1) natural logarithms, at temperature 1.
+        """
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": list(ids)} for ids in token_ids]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        # Asked for none besides, vLLM gives the log-probability of the token that stands there.
+        return [
+            [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, token_ids, strict=True)
+        ]
+
     def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> float:
         """Replace all weights of the engine and forget every cached prefix.
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from ballast.errors import ConfigError, DataError
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.evaluation.judges import Completion, Verdict
-from ballast.pipeline.evaluation.metrics import EvaluationSummary, TaskScores, summarize
+from ballast.pipeline.evaluation.metrics import EvaluationSummary, summarize
 from ballast.pipeline.evaluation.tables import COLUMNS, markdown_table, render_tables
+from ballast.pipeline.evaluation.task_figures import TaskScores
 from ballast.pipeline.evaluation.tasks import TaskMeasure
 
 ROWS = [

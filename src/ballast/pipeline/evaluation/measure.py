@@ -3,14 +3,18 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ballast.pipeline.data import held_out_suite
+from ballast.pipeline.evaluation.answer_table import write_answers
 from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
-from ballast.pipeline.evaluation.metrics import EvaluationSummary, TaskScores, summarize
+from ballast.pipeline.evaluation.metrics import EvaluationSummary, summarize
+from ballast.pipeline.evaluation.probes import run_probes
+from ballast.pipeline.evaluation.task_figures import TaskScores
 from ballast.pipeline.evaluation.tasks import TaskMeasure
+from ballast.pipeline.evaluation.truthfulqa import truthfulqa_figures, truthfulqa_questions
 from ballast.pipeline.run_folder import write_text
 from ballast.rewards.outage import stop_above_limit
 
@@ -20,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def measure_model(
-    context: "RunContext", model: str, folder: Path, label: str, training_tokens_per_s: float | None = None
+    context: "RunContext",
+    model: str,
+    folder: Path,
+    label: str,
+    training_tokens_per_s: float | None = None,
+    further: bool = False,
 ) -> EvaluationSummary:
     """Generate answers to the test prompts with `model`, judge them, and write `LABEL.json` and `LABEL.parquet`.
 
@@ -33,14 +42,16 @@ def measure_model(
         folder: where the two files go.
         label: their name: start, aligned, final.
         training_tokens_per_s: for the table.
+        further: measure what takes answers of its own, too: the probes for cheats and TruthfulQA, where they are on.
 
     Raises:
         ConfigError: a task reward that does not exist; nothing has been generated then, nor in the next case.
         DataError: a prompt that cannot be given to the model, or an answer in the data that a task cannot read.
-        GuardError: guard or judge left more than `train.max_unscored_share` unscored; the table of answers is written
+        GuardError: guard or a judge left more than `train.max_unscored_share` unscored; the table of answers is written
             first, with the reasons.
     """
     config, tasks = context.config, TaskMeasure(context)
+    questions = truthfulqa_questions(config.evaluate) if further else []
     suite, samples = held_out_suite(config.data), range(config.evaluate.samples)
     encoded = context.encode_prompts(suite.prompts, config.evaluate.sampling, serving=True)
     prompts = [prompt for prompt in suite.prompts for _ in samples]
@@ -53,18 +64,44 @@ def measure_model(
     tokens_per_s = sum(len(answer.ids) for answer in answers) / seconds
     context.say(f"  {label}: {len(answers)} answers in {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s")
     completions = [
-        Completion(prompt.id, prompt.prompt, prompt.kind, answer.text, answer.truncated, i % config.evaluate.samples)
+        Completion(
+            prompt.id,
+            prompt.prompt,
+            prompt.kind,
+            answer.text,
+            answer.truncated,
+            i % config.evaluate.samples,
+            prompt.suite,
+        )
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     with context.console.status(f"{label}: judging"):
-        verdicts = judge_completions(completions, context.judge, threshold=config.evaluate.threshold)
+        verdicts = judge_completions(
+            completions, context.judge, threshold=config.evaluate.threshold, second=context.second_judge
+        )
         task = tasks.score(completions, [answer.ids for answer in answers])
         guard_risk, reward, guard_reason = _rewards(context, completions, answers, task)
-    _write_rows(folder / f"{label}.parquet", completions, verdicts, guard_risk, reward, task)
+    write_answers(folder / f"{label}.parquet", completions, verdicts, guard_risk, reward, task)
     _stop_above_limit(context, label, completions, verdicts, guard_risk, guard_reason)
     summary = summarize(
-        verdicts, guard_risk, reward, config.seed, config.evaluate.interval, tokens_per_s, training_tokens_per_s, task
+        verdicts,
+        guard_risk,
+        reward,
+        config.seed,
+        config.evaluate.interval,
+        tokens_per_s,
+        training_tokens_per_s,
+        task,
+        config.evaluate.threshold,
+        config.evaluate.pass_at or (),
     )
+    if further:
+        ordinary = summary.refusal_ordinary
+        summary = replace(
+            summary,
+            truthfulqa=truthfulqa_figures(context, generator, questions, folder, label),
+            probes=run_probes(context, generator, suite.prompts, completions, verdicts, ordinary, folder, label),
+        )
     write_text(folder / f"{label}.json", summary.to_json())
     context.folder.log({"event": "measured", "model": label, **json.loads(summary.to_json())})
     return summary
@@ -74,8 +111,10 @@ def read_verdicts(path: Path) -> list[Verdict]:
     """The verdicts of a measured model, from its parquet table."""
     import pyarrow.parquet as pq
 
-    fields = Verdict.__dataclass_fields__
-    return [Verdict(**{name: row[name] for name in fields}) for row in pq.read_table(path).to_pylist()]
+    table = pq.read_table(path)
+    # A table from before a field was measured lacks its column.
+    names = [name for name in Verdict.__dataclass_fields__ if name in table.column_names]
+    return [Verdict(**row) for row in table.select(names).to_pylist()]
 
 
 def _stop_above_limit(
@@ -91,9 +130,13 @@ def _stop_above_limit(
     stop_above_limit(unscored, len(guard_risk), limit, context.guard.name, guard_reason, where)
     # The judge is not asked about an empty answer, so that is no failure of the judge.
     asked = [verdict for verdict, c in zip(verdicts, completions, strict=True) if c.text.strip()]
-    failed = [verdict for verdict in asked if verdict.risk is None]
-    reason = failed[0].reason if failed else None
-    stop_above_limit(len(failed), len(asked), limit, context.judge.name, reason, where)
+    failed = [verdict.reason for verdict in asked if verdict.risk is None]
+    stop_above_limit(len(failed), len(asked), limit, context.judge.name, failed[0] if failed else None, where)
+    if context.second_judge is not None:
+        failed = [verdict.second_reason for verdict in asked if verdict.second_risk is None]
+        stop_above_limit(
+            len(failed), len(asked), limit, context.second_judge.name, failed[0] if failed else None, where
+        )
 
 
 def _rewards(
@@ -135,30 +178,3 @@ def _rewards(
         unscored = judged is None or not total
         rewards.append(None if unscored else sum(weight * value for weight, value in applied) / total)
     return [None if s is None else 1.0 - s for s in star], rewards, reason
-
-
-def _write_rows(
-    path: Path,
-    completions: Sequence[Completion],
-    verdicts: Sequence[Verdict],
-    guard_risk: Sequence[float | None],
-    reward: Sequence[float | None],
-    task: Mapping[str, TaskScores],
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {
-            **asdict(verdict),
-            "prompt": completion.prompt,
-            "completion": completion.text,
-            "guard_risk": risk,
-            "reward": value,
-            **{f"reward_{name}": scores.values[row] for name, scores in task.items()},
-        }
-        for row, (completion, verdict, risk, value) in enumerate(
-            zip(completions, verdicts, guard_risk, reward, strict=True)
-        )
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path)

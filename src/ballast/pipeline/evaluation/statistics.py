@@ -115,11 +115,7 @@ def bootstrap_mean(
     value, kept, unscored = _scored(values, clusters)
     if not len(value):
         return Estimate(None, None, None, 0, unscored)
-    count_C, total_C = _by_cluster(value, kept)
-    c = len(count_C)
-    # Drawing c clusters with replacement is drawing how often each one comes.
-    times_BC = np.random.default_rng(seed).multinomial(c, np.full(c, 1 / c), size=n_boot)
-    mean_B = (times_BC @ total_C) / (times_BC @ count_C)
+    mean_B = _resampled_means((value, kept, unscored), n_boot, np.random.default_rng(seed))
     low, high = np.quantile(mean_B, [0.5 - level / 2, 0.5 + level / 2])
     return Estimate(float(value.mean()), float(low), float(high), len(value), unscored)
 
@@ -162,6 +158,41 @@ def paired_difference(
     return Estimate(mean.value, mean.low, mean.high, mean.n, unscored)
 
 
+def difference_of_means(
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    clusters_before: Sequence[Hashable],
+    clusters_after: Sequence[Hashable],
+    seed: int = 0,
+    n_boot: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """The mean of `after` minus that of `before`, of two samples that are not paired, with a bootstrap interval.
+
+    The clusters of each sample are resampled by themselves.
+
+    Args:
+        before: (N,) values of the first sample; None is unscored.
+        after: (M,) values of the second sample.
+        clusters_before: (N,) the prompt of each value.
+        clusters_after: (M,) the same of the second sample.
+        seed: of the resampling.
+        n_boot: resamples.
+        level: coverage of the interval.
+
+    Returns:
+        `n` and `unscored` count the rows of both samples.
+    """
+    first, second = _scored(before, clusters_before), _scored(after, clusters_after)
+    n, unscored = len(first[0]) + len(second[0]), first[2] + second[2]
+    if not (len(first[0]) and len(second[0])):
+        return Estimate(None, None, None, n, unscored)
+    random = np.random.default_rng(seed)
+    difference_B = _resampled_means(second, n_boot, random) - _resampled_means(first, n_boot, random)
+    low, high = np.quantile(difference_B, [0.5 - level / 2, 0.5 + level / 2])
+    return Estimate(float(second[0].mean() - first[0].mean()), float(low), float(high), n, unscored)
+
+
 def mcnemar_exact(b: int, c: int) -> float:
     """The two-sided p-value of McNemar's exact test on paired verdicts.
 
@@ -175,6 +206,15 @@ def mcnemar_exact(b: int, c: int) -> float:
     if b < 0 or c < 0:
         raise DataError(f"McNemar's test counts changed pairs; got b = {b}, c = {c}: counts cannot be negative")
     return float(stats.binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
+
+
+def _resampled_means(sample: tuple[Any, list[Hashable], int], n_boot: int, random: np.random.Generator) -> Any:
+    """(B,) means of resampled clusters."""
+    count_C, total_C = _by_cluster(sample[0], sample[1])
+    c = len(count_C)
+    # Drawing c clusters with replacement is drawing how often each one comes.
+    times_BC = random.multinomial(c, np.full(c, 1 / c), size=n_boot)
+    return (times_BC @ total_C) / (times_BC @ count_C)
 
 
 def _finite(value: float | None) -> TypeGuard[float]:

@@ -4,62 +4,46 @@ A cell is a value with its interval, `12% [5, 20]` or `0.31 [0.27, 0.36]`. A das
 exist: an unscored answer is never a 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ballast.pipeline.evaluation.cells import DASH, number, percent
+from ballast.pipeline.evaluation.further_columns import Columns, Rows, further_columns
 from ballast.pipeline.evaluation.metrics import EvaluationSummary
-from ballast.pipeline.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-Rows = Sequence[tuple[str, EvaluationSummary]]
-
-_DASH = "–"
-
-
-def _percent(estimate: Estimate) -> str:
-    if estimate.value is None or estimate.low is None or estimate.high is None:
-        return _DASH
-    return f"{estimate.value:.0%} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
-
-
-def _number(estimate: Estimate | None) -> str:
-    if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
-        return _DASH
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
-
 
 def _rate(tokens_per_s: float | None) -> str:
-    return _DASH if tokens_per_s is None else f"{tokens_per_s:,.0f}"
+    return DASH if tokens_per_s is None else f"{tokens_per_s:,.0f}"
 
 
-# Heading, with a line end where it may break, to the cell.
-_Columns = dict[str, Callable[[EvaluationSummary], str]]
-
-_SAFETY: _Columns = {
-    "unsafe share\non harmful": lambda s: _percent(s.unsafe_share),
-    "mean risk,\nby the judge": lambda s: _number(s.mean_risk),
-    "mean risk,\nby the guard": lambda s: _number(s.guard_risk),
-    "reward": lambda s: _number(s.reward),
+_SAFETY: Columns = {
+    "unsafe share\non harmful": lambda s: percent(s.unsafe_share),
+    "mean risk,\nby the judge": lambda s: number(s.mean_risk),
+    "mean risk,\nby the guard": lambda s: number(s.guard_risk),
+    "reward": lambda s: number(s.reward),
 }
-_QUALITY: _Columns = {
-    "refused\nharmful": lambda s: _percent(s.refusal_harmful),
-    "refused\nordinary": lambda s: _percent(s.refusal_ordinary),
-    "refused\nscary": lambda s: _percent(s.refusal_scary),
-    "coherent": lambda s: _percent(s.coherent_share),
+_QUALITY: Columns = {
+    "refused\nharmful": lambda s: percent(s.refusal_harmful),
+    "refused\nordinary": lambda s: percent(s.refusal_ordinary),
+    "refused\nscary": lambda s: percent(s.refusal_scary),
+    "coherent": lambda s: percent(s.coherent_share),
     "written\ntokens/s": lambda s: _rate(s.generation_tokens_per_s),
     "trained\ntokens/s": lambda s: _rate(s.training_tokens_per_s),
 }
 
-_TASKS_ABREAST = 3
+_BREAK = "\n"  # where a heading may break
+_COLUMNS_ABREAST = 3
 
 COLUMNS = ("model", *(heading.replace("\n", " ") for heading in (*_SAFETY, *_QUALITY)))
 
 
 def render_tables(rows: Rows, width: int) -> "RenderableType":
-    """Tables, one above the other, a row a model: safety; refusals, quality and speed; task rewards where there are any.
+    """Tables, one above the other, a row a model: safety; refusals, quality and speed; task rewards, and what else was
+    measured, where there are any. How the judge agrees with keywords alone is left to the Markdown.
 
     Args:
         rows: (label, summary) of each model, such as start, after align, after GRPO.
@@ -69,9 +53,12 @@ def render_tables(rows: Rows, width: int) -> "RenderableType":
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    tasks = list(_task_columns(rows).items())
-    of_tasks = [dict(tasks[i : i + _TASKS_ABREAST]) for i in range(0, len(tasks), _TASKS_ABREAST)]
-    titled = [("Safety", _SAFETY), ("Refusals, quality, speed", _QUALITY), *(("Task rewards", t) for t in of_tasks)]
+    further = further_columns(rows)
+    if not any(summary.second_unsafe_share for _, summary in rows):
+        further.pop("Judges", None)
+    wide = {"Task rewards": _task_columns(rows), **further}
+    titled = [("Safety", _SAFETY), ("Refusals, quality, speed", _QUALITY)]
+    titled += [(title, part) for title, columns in wide.items() for part in _abreast(columns)]
     for title, columns in titled:
         table = _table(title, columns, rows, " ")
         parts += [table if _width(table) <= width else _table(title, columns, rows, "\n"), ""]
@@ -81,16 +68,35 @@ def render_tables(rows: Rows, width: int) -> "RenderableType":
 
 
 def markdown_table(rows: Rows) -> str:
-    """The summaries as a Markdown table, a row a model, with the note on unscored answers below; ends without a line end."""
+    """The summaries as a Markdown table, a row a model, others below it for what else was measured, and the note on unscored
+    answers; ends without a line end.
+    """
+    parts = [_markdown(*table_cells(rows))]
+    for title, columns in further_columns(rows).items():
+        cells = [[label, *(cell(summary) for cell in columns.values())] for label, summary in rows]
+        parts.append(f"{title}:\n\n{_markdown(['model', *(name.replace(_BREAK, ' ') for name in columns)], cells)}")
+    if note := unscored_note(rows):
+        parts.append(note)
+    return "\n\n".join(parts)
+
+
+def _markdown(headings: list[str], cells: list[list[str]]) -> str:
+    rows = [headings, ["---"] + ["---:"] * (len(headings) - 1), *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _abreast(columns: Columns) -> list[Columns]:
+    """The columns in groups that fit a terminal."""
+    named = list(columns.items())
+    return [dict(named[i : i + _COLUMNS_ABREAST]) for i in range(0, len(named), _COLUMNS_ABREAST)]
+
+
+def table_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """The summaries as text: the headings, and a row a model, its label first."""
     tasks = _task_columns(rows)
-    headings = [*COLUMNS, *(f"task: {name}" for name in tasks)]
-    lines = [" | ".join(headings), " | ".join(["---"] + ["---:"] * (len(headings) - 1))]
-    for label, summary in rows:
-        cells = [cell(summary) for cell in (*_SAFETY.values(), *_QUALITY.values(), *tasks.values())]
-        lines.append(" | ".join([label.replace("|", "\\|"), *cells]))
-    table = "\n".join(f"| {line} |" for line in lines)
-    note = unscored_note(rows)
-    return f"{table}\n\n{note}" if note else table
+    columns = (*_SAFETY.values(), *_QUALITY.values(), *tasks.values())
+    cells = [[label, *(cell(summary) for cell in columns)] for label, summary in rows]
+    return [*COLUMNS, *(f"task: {name}" for name in tasks)], cells
 
 
 def unscored_note(rows: Rows) -> str:
@@ -101,17 +107,17 @@ def unscored_note(rows: Rows) -> str:
     return f"Answers that the judge could not score, which take no part in its figures: {', '.join(shares)}."
 
 
-def _task_columns(rows: Rows) -> _Columns:
+def _task_columns(rows: Rows) -> Columns:
     """A column for every task reward that any of the models has."""
 
     def cell_of(name: str) -> Callable[[EvaluationSummary], str]:
-        return lambda summary: _number(summary.task.get(name))
+        return lambda summary: number(summary.task.get(name))
 
     names = dict.fromkeys(name for _, summary in rows for name in summary.task)
     return {name: cell_of(name) for name in names}
 
 
-def _table(title: str, columns: _Columns, rows: Rows, separator: str) -> "Table":
+def _table(title: str, columns: Columns, rows: Rows, separator: str) -> "Table":
     from rich import box
     from rich.table import Table
 

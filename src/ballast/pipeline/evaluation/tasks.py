@@ -8,7 +8,7 @@ from ballast.pipeline.config_rewards import AnswerTerm, TaskTerm, UserTerm
 from ballast.pipeline.data import Row, load_rows
 from ballast.pipeline.data_columns import check_columns
 from ballast.pipeline.evaluation.judges import Completion
-from ballast.pipeline.evaluation.metrics import TaskScores
+from ballast.pipeline.evaluation.task_figures import TaskScores
 from ballast.pipeline.task_rewards import columns_read, task_rewards
 from ballast.rewards.task import is_missing
 

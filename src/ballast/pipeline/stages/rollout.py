@@ -1,19 +1,17 @@
 """rollout: completions of the training prompts by the reference model, offline, for scoring and for inspection.
 
-Writes `rollouts.parquet`: prompt_id, kind, sample, prompt, completion, token_ids, truncated.
+Writes `rollouts.parquet`, whose columns are `ROLLOUTS` of `table_schemas`.
 """
 
 from pathlib import Path
 
 from ballast.pipeline.context import RunContext
 from ballast.pipeline.data import training_rows
+from ballast.pipeline.table_schemas import ROLLOUTS, write_table
 
 
 def run_stage(context: RunContext, folder: Path) -> None:
     """Sample every training prompt."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     config = context.config
     prompts, samples = training_rows(config.data, config.seed), range(config.rollout.samples)
     encoded = context.encode_prompts(prompts, config.rollout.sampling)
@@ -34,4 +32,4 @@ def run_stage(context: RunContext, folder: Path) -> None:
         }
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
     ]
-    pq.write_table(pa.Table.from_pylist(table), folder / "rollouts.parquet")
+    write_table(folder / "rollouts.parquet", table, ROLLOUTS)

@@ -1,12 +1,13 @@
 """score: the guard's risk at every cut of every rollout.
 
-Writes `scores.parquet`: the columns of `rollouts.parquet`, and cuts, risk (null where unscored),
-unscored_reason, lowest_star (null where unscored). Stops where more is unscored than `train.max_unscored_share`.
+Writes `scores.parquet`, whose columns are `SCORES` of `table_schemas`. Stops where more is unscored than
+`train.max_unscored_share`.
 """
 
 from pathlib import Path
 
 from ballast.pipeline.context import RunContext
+from ballast.pipeline.table_schemas import SCORES, write_table
 from ballast.rewards.outage import stop_above_limit
 
 _BATCH = 64
@@ -14,7 +15,6 @@ _BATCH = 64
 
 def run_stage(context: RunContext, folder: Path) -> None:
     """Score the rollouts in batches."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     from ballast.rewards.guard_reward import GuardReward
@@ -34,7 +34,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
             done(len(batch))
     unscored = [row for row in table if row["lowest_star"] is None]
     context.say(f"  {len(table)} completions scored, {len(unscored)} unscored")
-    pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
+    write_table(folder / "scores.parquet", table, SCORES)
     reason = unscored[0]["unscored_reason"] if unscored else None
     limit = config.train.max_unscored_share
     stop_above_limit(len(unscored), len(table), limit, context.guard.name, reason, "among the rollouts")
