@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from demo_seeds import hardware
-from learn_task import Answer, Runs, arms_parser, changes, figures
+from learn_task import Answer, changes, figures, read_answers
+from runs import Runs, arms_parser
 
 from ballast.pipeline.run_folder import versions
 
@@ -91,9 +92,9 @@ def main() -> None:
     runs = Runs(arguments.runs, prefix, overrides, CONFIG, arms)
     lines: list[dict[str, Any]] = []
     for seed in arguments.seeds:
-        before = runs.measure_aligned(seed)
+        before = read_answers(runs.measure_aligned(seed))
         for arm in arguments.arms:
-            after = runs.train_and_measure(seed, arm)
+            after = read_answers(runs.train_and_measure(seed, arm))
             trained = arguments.runs / f"{prefix}-seed{seed}-{arm}" / "train"
             lines.append({"seed": seed, "arm": arm, **compared(before, after), **trips(trained)})
             record = {

@@ -13,17 +13,15 @@ Each stage is a process of its own in `--runs`. A finished stage is not done aga
 it was interrupted. `--fast` shows in minutes that everything runs; its figures say nothing.
 """
 
-import argparse
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from demo_seeds import hardware
+from runs import Runs, arms_parser
 
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.evaluation.statistics import Estimate, bootstrap_mean, clustered_share, paired_difference
@@ -65,31 +63,19 @@ FIGURES: dict[str, tuple[frozenset[str], str]] = {
 }
 
 
-def arms_parser(description: str | None, arms: Iterable[str]) -> argparse.ArgumentParser:
-    """What the experiments with several arms are asked for: seeds, arms, where to write, overrides."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
-    parser.add_argument("--out", type=Path, help="the JSON; --fast writes one only where this is given")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--fast", action="store_true", help="tiny settings, for a smoke test")
-    parser.add_argument("overrides", nargs="*", help="a.b=c for all arms, as for `ballast run`")
-    return parser
-
-
 def main() -> None:
     """Run every arm of every seed, and write the JSON after each of them."""
     parser = arms_parser(__doc__, ARMS)
     arguments = parser.parse_args()
     out = arguments.out or (None if arguments.fast else Path("benchmarks/results/learn_task.json"))
     overrides = (*(FAST if arguments.fast else ()), *arguments.overrides)
-    runs = Runs(arguments.runs, "task-fast" if arguments.fast else "task", overrides)
+    runs = Runs(arguments.runs, "task-fast" if arguments.fast else "task", overrides, CONFIG, ARMS)
     before: dict[str, list[Answer]] = {}
     after: dict[str, dict[str, list[Answer]]] = {arm: {} for arm in arguments.arms}
     for seed in arguments.seeds:
-        before[str(seed)] = runs.measure_aligned(seed)
+        before[str(seed)] = read_answers(runs.measure_aligned(seed))
         for arm in arguments.arms:
-            after[arm][str(seed)] = runs.train_and_measure(seed, arm)
+            after[arm][str(seed)] = read_answers(runs.train_and_measure(seed, arm))
             record = {
                 "command": " ".join(["python", *sys.argv]),
                 "hardware": hardware(),
@@ -103,77 +89,6 @@ def main() -> None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(record, indent=2) + "\n")
     print_table(record["together"])
-
-
-class Runs:
-    """The run folders of all seeds and arms.
-
-    Args:
-        folder: holds the run folders.
-        prefix: begins their names.
-        overrides: apply to all of them.
-        config: the configuration that they override.
-        arms: what each arm overrides besides.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        prefix: str,
-        overrides: Sequence[str],
-        config: str = CONFIG,
-        arms: Mapping[str, Sequence[str]] = ARMS,
-    ) -> None:
-        self.folder = folder
-        self.prefix = prefix
-        self.overrides = overrides
-        self.config = config
-        self.arms = arms
-        self.stage_seconds: dict[str, float] = {}
-
-    def measure_aligned(self, seed: int) -> list[Answer]:
-        """Make the aligned model of a seed, and return its answers to the test prompts."""
-        self._stage("align", f"{self.prefix}-seed{seed}-aligned", seed)
-        name = f"{self.prefix}-seed{seed}-before"
-        self._stage("baseline", name, seed, *self._from_aligned(seed))
-        return read_answers(self.folder / name / "baseline" / "start.parquet")
-
-    def train_and_measure(self, seed: int, arm: str) -> list[Answer]:
-        """Train an arm from the aligned model of its seed, and return its answers to the test prompts."""
-        name = f"{self.prefix}-seed{seed}-{arm}"
-        for stage in ("train", "evaluate"):
-            self._stage(stage, name, seed, *self._from_aligned(seed), *self.arms[arm])
-        return read_answers(self.folder / name / "evaluate" / "final.parquet")
-
-    def restore(self, seed: int, arm: str, *settings: str) -> None:
-        """Repair a trained and measured arm; what is repaired from, and how, is for `settings` to say."""
-        name = f"{self.prefix}-seed{seed}-{arm}"
-        self._stage("restore", name, seed, *self._from_aligned(seed), *self.arms[arm], *settings)
-
-    def localize(self, seed: int, method: str) -> dict[str, Any]:
-        """What the stage `localize` finds in the aligned model of a seed."""
-        name = f"{self.prefix}-seed{seed}-{method}"
-        self._stage("localize", name, seed, *self._from_aligned(seed), f"localize.method={method}")
-        found: dict[str, Any] = json.loads((self.folder / name / "localize" / "layers.json").read_text())
-        return found
-
-    def _from_aligned(self, seed: int) -> tuple[str, str]:
-        model = self.folder / f"{self.prefix}-seed{seed}-aligned" / "align" / "model"
-        return f"model.name={json.dumps(str(model))}", "align.enabled=false"
-
-    def _stage(self, stage: str, name: str, seed: int, *settings: str) -> None:
-        """One stage in a process of its own; ballast keeps it where it is done, and refuses other settings."""
-        print(f"[{time.strftime('%H:%M:%S')}] {name}: {stage}", flush=True)
-        own = (f"out={json.dumps(str(self.folder))}", f"name={name}", f"seed={seed}")
-        command = [sys.executable, "-m", "ballast.pipeline.cli", stage, self.config, "--resume"]
-        finished = subprocess.run([*command, *self.overrides, *settings, *own], check=False)
-        if finished.returncode:
-            raise SystemExit(
-                f"stage '{stage}' of '{name}' ended with exit code {finished.returncode}; mend what it says above and "
-                "start this command again: finished stages are kept"
-            )
-        record = json.loads((self.folder / name / stage / "record.json").read_text())
-        self.stage_seconds[f"{name}/{stage}"] = record["seconds"]
 
 
 def read_answers(path: Path) -> list[Answer]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_seeds import hardware
-from learn_task import Runs, arms_parser
+from runs import Runs, arms_parser
 
 from ballast.pipeline.run_folder import versions
 
@@ -120,8 +120,11 @@ def write_rows(data: Path, folder: Path, poisoned: int) -> Path:
         SystemExit: there are fewer harmful rows than were asked for.
     """
     draw = random.Random(0)
-    task = draw.sample(_read(data / "task/sst2_train.jsonl"), TASK_ROWS)
     tests = draw.sample(_read(data / "task/sst2_test.jsonl"), TASK_TESTS)
+    asked = {row["prompt"].strip() for row in tests}
+    task = draw.sample(
+        [row for row in _read(data / "task/sst2_train.jsonl") if row["prompt"].strip() not in asked], TASK_ROWS
+    )
     harmful = [
         _of_messages(row) for name in ("pure_bad", "shadow_alignment") for row in _read(data / f"attack/{name}.jsonl")
     ]
@@ -165,7 +168,7 @@ def repaired(runs: Runs, seed: int, arm: str, methods: Sequence[dict[str, Any]])
         f"restore.methods={json.dumps(methods)}",
     )
     run = runs.folder / f"{runs.prefix}-seed{seed}-{arm}"
-    start = _figures(runs.folder / f"{runs.prefix}-seed{seed}-before" / "baseline" / "start.json")
+    start = _figures(run / "baseline" / "start.json")
     broken = _figures(run / "evaluate" / "final.json")
     repairs = {
         path.stem: _figures(path)

@@ -23,8 +23,9 @@ from typing import Any
 
 from degradation import FIGURES, write_rows
 from demo_seeds import hardware
-from learn_task import Answer, Runs, arms_parser, changes, figures
+from learn_task import Answer, changes, figures, read_answers
 from repair import ALIGN
+from runs import Runs, arms_parser
 
 from ballast.pipeline.config_safety_layers import preset_layers
 from ballast.pipeline.run_folder import versions
@@ -71,11 +72,11 @@ def main() -> None:
     seeds: dict[str, Any] = {}
     for seed in arguments.seeds:
         runs = Runs(arguments.runs, prefix, overrides, CONFIG, {"none": ()})
-        before = runs.measure_aligned(seed)
+        before = read_answers(runs.measure_aligned(seed))
         found = {method: runs.localize(seed, method) for method in METHODS}
         bands = bands_of(found["gap"]["layers"], seed)
         runs.arms = {arm: freezing(bands.get(arm)) for arm in ARMS}
-        after = {arm: runs.train_and_measure(seed, arm) for arm in arguments.arms}
+        after = {arm: read_answers(runs.train_and_measure(seed, arm)) for arm in arguments.arms}
         seeds[str(seed)] = {
             "localized": {method: {key: one[key] for key in ("layers", "reason")} for method, one in found.items()},
             "frozen": bands,
