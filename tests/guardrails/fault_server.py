@@ -1,6 +1,7 @@
 """A real HTTP server on this machine that misbehaves on purpose, for tests of what asks servers."""
 
 import json
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -45,14 +46,21 @@ class _Http(ThreadingHTTPServer):
 
 
 class FaultServer:
-    """Answers each POST by `script(request, attempt)`, the attempt counted from 0 for equal requests."""
+    """Answers each POST by `script(request, attempt)`, the attempt counted from 0 for equal requests.
 
-    def __init__(self, script: Script) -> None:
+    Args:
+        script: what it answers.
+        port: where it listens; 0 takes a free one.
+    """
+
+    def __init__(self, script: Script, port: int = 0) -> None:
         self.script = script
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self.most_at_once = 0
         self.over = threading.Event()
         self._now = 0
+        self._killed = False
+        self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
         owner = self
 
@@ -60,20 +68,29 @@ class FaultServer:
             protocol_version = "HTTP/1.1"
             timeout = 5
 
+            def setup(self) -> None:
+                super().setup()
+                owner._connections.append(self.connection)
+
             def do_POST(self) -> None:
                 owner._answer(self)
 
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self._http = _Http(("127.0.0.1", 0), Handler)
+        self._http = _Http(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=lambda: self._http.serve_forever(poll_interval=0.01), daemon=True)
         self._thread.start()
 
     @property
     def url(self) -> str:
         """Address up to and including the version."""
-        return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._http.server_address[1])
 
     def close(self) -> None:
         """Stop answering, and refuse connections from now on."""
@@ -81,6 +98,14 @@ class FaultServer:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+
+    def kill(self) -> None:
+        """Break off every connection in the middle of whatever it does, and refuse further ones."""
+        self._killed = True
+        for connection in list(self._connections):
+            with suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         raw = handler.rfile.read(int(handler.headers["Content-Length"]))
@@ -100,7 +125,7 @@ class FaultServer:
 
     def _send(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
         self.over.wait(reply.delay_s)
-        if reply is HANG_UP:
+        if reply is HANG_UP or self._killed:
             handler.close_connection = True
             return
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
@@ -123,9 +148,9 @@ class FaultServer:
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[FaultServer]:
+def serving(script: Script, port: int = 0) -> Iterator[FaultServer]:
     """A server that answers by `script` until the end of the block."""
-    server = FaultServer(script)
+    server = FaultServer(script, port)
     try:
         yield server
     finally:

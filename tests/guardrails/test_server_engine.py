@@ -7,7 +7,6 @@ import math
 import re
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -17,6 +16,7 @@ from tests.guardrails.fault_server import HANG_UP, Reply, serving
 from ballast.errors import ConfigError
 from ballast.guardrails.engines.interface import Labels
 from ballast.guardrails.engines.logprobs import verdict_from_logprobs
+from ballast.guardrails.engines.options import ServerOptions
 from ballast.guardrails.engines.server import ServerEngine
 
 LABELS = Labels(safe=(3, 4), unsafe=(7,))
@@ -24,8 +24,8 @@ BAD, GOOD = [5, 6, 9], [[1, 2], [8, 8, 8, 8]]
 
 
 def engine(url, **settings):
-    defaults = {"model": None, "api_key_env": None, "connections": 4, "timeout_s": 5.0, "retries": 2, "backoff_s": 0.01}
-    options = SimpleNamespace(base_url=url, **{**defaults, **settings})
+    defaults = {"connections": 4, "timeout_s": 5.0, "retries": 2, "backoff_s": 0.01}
+    options = ServerOptions(base_url=url, **{**defaults, **settings})
     return ServerEngine(options, LABELS, guard="remote", model="guard-model")
 
 
@@ -189,7 +189,7 @@ def test_a_server_that_hangs_ends_the_call_after_its_patience():
     assert all(v.risk is None for v in verdicts)
     # Patience (2 * 1 + 1) * 0.1 = 0.3 s. Row by row it would be 300 rows * 0.1 s / 2 at the least.
     assert seconds < 8
-    assert "answered nothing for 0.3 s" in verdicts[-1].reason
+    assert "nothing was answered for 0.3 s" in verdicts[-1].reason
 
 
 def test_requests_run_side_by_side_up_to_the_number_of_connections():

@@ -39,6 +39,7 @@ _HOW_IT_RUNS = frozenset(
         "device",
         "dtype",
         "engine",
+        "hedge_quantile",
         "max_length",
         "min_label_mass",
         "retries",

@@ -56,14 +56,14 @@ DECIDES: dict[str, str] = {
 def guard_identity(options: BaseModel) -> tuple[object, ...]:
     """What makes two guards the same one: not batch sizes, precision or templates, but what decides.
 
-    Of a guard on a model that model, whatever its family, of a moderation endpoint its address and model, of a
+    Of a guard on a model that model, whatever its family, of a moderation endpoint its addresses and model, of a
     plug-in its name, of rules their patterns; of the others the type.
     """
     match options:
         case VerdictOptions() | ClassifierOptions() | Qwen3GuardStreamOptions():
             return "model", options.model
         case ModerationOptions():
-            return options.type, options.base_url.rstrip("/"), options.model
+            return options.type, *sorted(options.addresses), options.model
         case PluginOptions():
             return options.type, options.name
         case RulesOptions():

@@ -52,7 +52,7 @@ def build_engine(
     from ballast.guardrails.engines.cache import CachedEngine, weights_identity
 
     served = (
-        (options.base_url, options.model or model)
+        (*sorted(options.addresses), options.model or model)
         if isinstance(options, ServerOptions)
         else weights_identity(model, revision)
     )

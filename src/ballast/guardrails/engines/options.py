@@ -9,7 +9,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+
+from ballast.guardrails.engines.endpoint import EndpointOptions
 
 
 class _Engine(BaseModel):
@@ -71,21 +73,11 @@ class VLLMEngineOptions(_Engine):
     )
 
 
-class ServerOptions(_Engine):
-    """An OpenAI-compatible completions endpoint that takes token ids, such as a vLLM server."""
+class ServerOptions(_Engine, EndpointOptions):
+    """OpenAI-compatible completions endpoints that take token ids, such as vLLM servers."""
 
     type: Literal["server"] = "server"
-    base_url: str = Field(description="address up to the version, e.g. `http://localhost:8000/v1`")
-    model: str | None = Field(default=None, description="the model's name on the server; None takes the guard's own")
-    api_key_env: str | None = Field(
-        default=None, description="environment variable that holds the server's key; None sends no key"
-    )
-    connections: PositiveInt = Field(default=8, description="requests under way at the same time")
-    timeout_s: PositiveFloat = Field(default=30.0, description="seconds that one request may take")
-    retries: int = Field(default=3, ge=0, description="further attempts after a failed one; 0 makes one attempt only")
-    backoff_s: float = Field(
-        default=0.5, ge=0, description="seconds before the first further attempt; each later wait is twice as long"
-    )
+    model: str | None = Field(default=None, description="the model's name on the servers; None takes the guard's own")
 
 
 def _from_name(value: Any) -> Any:

@@ -2,41 +2,33 @@
 
 Such an endpoint reads one text, so the guard judges the response and never sees the prompt; it is off its usual
 ground on a response cut in mid-sentence. Its scores are the provider's and not probabilities that were checked:
-calibrate them. Every prefix that is judged leaves this machine for `base_url`.
+calibrate them. Every prefix that is judged leaves this machine for one address of `base_url`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
-from ballast.guardrails.engines.http import BadAnswerError, JsonClient, Unanswered
+from ballast.guardrails.engines.call import Unanswered
+from ballast.guardrails.engines.endpoint import EndpointOptions
+from ballast.guardrails.engines.http import JsonClient
+from ballast.guardrails.engines.request import BadAnswerError
+from ballast.guardrails.engines.server_state import ServerHealth
 from ballast.guardrails.types import Exchange, RiskTrace
 
 
-class ModerationOptions(BaseModel):
-    """Options of a moderation endpoint."""
+class ModerationOptions(EndpointOptions):
+    """Options of a moderation endpoint; `base_url` is where the responses are sent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["moderation"] = "moderation"
-    base_url: str = Field(
-        description="address up to the version, e.g. `https://api.openai.com/v1`; responses are sent there"
-    )
     model: str | None = Field(default=None, description="the model's name on the server; None leaves it to the server")
-    api_key_env: str | None = Field(
-        default=None, description="environment variable that holds the server's key; None sends no key"
-    )
     categories: tuple[str, ...] | None = Field(
         default=None,
         min_length=1,
         description="categories of harm that count, as the server spells them; None counts all that it scores",
-    )
-    connections: PositiveInt = Field(default=8, description="requests under way at the same time")
-    timeout_s: PositiveFloat = Field(default=30.0, description="seconds that one request may take")
-    retries: int = Field(default=3, ge=0, description="further attempts after a failed one; 0 makes one attempt only")
-    backoff_s: float = Field(
-        default=0.5, ge=0, description="seconds before the first further attempt; each later wait is twice as long"
     )
 
 
@@ -55,8 +47,8 @@ class ModerationGuard:
     within a bounded time.
 
     Raises:
-        ConfigError: `base_url` is no http address or holds a password, or the variable named by `api_key_env` is
-            not set.
+        ConfigError: an address is no http address, is there twice or holds a password, or the variable named by
+            `api_key_env` is not set.
     """
 
     def __init__(self, options: ModerationOptions) -> None:
@@ -73,6 +65,10 @@ class ModerationGuard:
         pairs = list(zip(exchanges, cuts, strict=True))
         judged = self._judge({exchange.response[:cut] for exchange, asked in pairs for cut in asked})
         return [_trace(asked, [judged[exchange.response[:cut]] for cut in asked]) for exchange, asked in pairs]
+
+    def servers(self) -> tuple[ServerHealth, ...]:
+        """(S,) what is known of each server."""
+        return self._client.health()
 
     def _judge(self, prefixes: set[str]) -> "dict[str, tuple[float, str] | Unanswered]":
         judged: dict[str, tuple[float, str] | Unanswered] = {}
