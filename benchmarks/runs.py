@@ -6,6 +6,7 @@ experiment goes on where it was interrupted.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ class Runs:
         self.config = config
         self.arms = arms
         self.stage_seconds: dict[str, float] = {}
+        self.peak_mb: dict[str, int] = {}  # resident memory; of a stage that was done before, what it takes to see that
 
     def measure_aligned(self, seed: int) -> Path:
         """Make the aligned model of a seed; its answers to the test prompts, as parquet beside a JSON of the figures."""
@@ -89,11 +91,14 @@ class Runs:
         print(f"[{time.strftime('%H:%M:%S')}] {name}: {stage}", flush=True)
         own = (f"out={json.dumps(str(self.folder))}", f"name={name}", f"seed={seed}")
         command = [sys.executable, "-m", "ballast.pipeline.cli", stage, self.config, "--resume"]
-        finished = subprocess.run([*command, *self.overrides, *settings, *own], check=False)
-        if finished.returncode:
+        process = subprocess.Popen([*command, *self.overrides, *settings, *own])
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # for Popen, who did not see it end
+        if process.returncode:
             raise SystemExit(
-                f"stage '{stage}' of '{name}' ended with exit code {finished.returncode}; mend what it says above and "
+                f"stage '{stage}' of '{name}' ended with exit code {process.returncode}; mend what it says above and "
                 "start this command again: finished stages are kept"
             )
         record = json.loads((self.folder / name / stage / "record.json").read_text())
         self.stage_seconds[f"{name}/{stage}"] = record["seconds"]
+        self.peak_mb[f"{name}/{stage}"] = round(used.ru_maxrss / 1024)
