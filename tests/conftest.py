@@ -40,19 +40,24 @@ def tokenizer(embedded_folder: Path) -> Any:
 @pytest.fixture
 def tiny_model(tokenizer: Any) -> Any:
     """A random Llama of 2 layers with the embedded model's vocabulary, fp32."""
+    return random_llama(len(tokenizer))
+
+
+def random_llama(vocabulary: int, tied: bool = True) -> Any:
+    """A random Llama of 2 layers, fp32; with tied embeddings its likeliest token is the last one again."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -9,14 +9,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import ballast
 from ballast.errors import BallastError, ConfigError
-from ballast.pipeline import guard_cli, restore_cli, serve_cli
+from ballast.pipeline import guard_cli, ranks, restore_cli, serve_cli
+
+if TYPE_CHECKING:
+    from ballast.pipeline.launching import Launch
 
 # The stages of `ballast.pipeline.stage_graph`, whose import help does not wait for, with the line that it shows.
 STAGES = {
@@ -40,7 +43,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except BallastError as error:
-            _show(error)
+            if not isinstance(error, ranks.MainProcessError):
+                _show(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print("ballast: interrupted; finished stages are kept, and --resume goes on from them", file=sys.stderr)
@@ -128,16 +132,65 @@ def run_all(
     config: Config,
     overrides: Overrides = None,
     stage: Annotated[
-        str | None, typer.Option("--stage", metavar="NAME", help=f"Only this one: {', '.join(STAGES)}.")
+        list[str] | None,
+        typer.Option("--stage", metavar="NAME", help=f"Only this one, or these: {', '.join(STAGES)}."),
     ] = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     no_live: NoLive = False,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            metavar="FILE",
+            help="Train in several processes, as a file of `accelerate config` says, or a shipped one: ddp, fsdp2, zero2, zero3.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="How many, in place of the launch file's number.")
+    ] = None,
 ) -> None:
     """All stages of a configuration; those that are done are not done again."""
-    if stage is not None and stage not in STAGES:
-        raise ConfigError(f"--stage {stage}: there is no such stage; choose one of {', '.join(STAGES)}")
-    _execute(config, overrides, [stage] if stage else None, dry_run, resume, no_live)
+    for name in stage or []:
+        if name not in STAGES:
+            raise ConfigError(f"--stage {name}: there is no such stage; choose one of {', '.join(STAGES)}")
+    if processes is not None and launch is None:
+        raise ConfigError("--processes counts the processes of a launch; name one by --launch, such as --launch ddp")
+    if launch is not None:
+        from ballast.pipeline.launching import read_launch
+
+        asked = read_launch(launch, processes)
+        if asked.processes > 1:
+            _launch(config, overrides or [], stage, asked, dry_run, resume, no_live)
+            return
+    _execute(config, overrides, stage or None, dry_run, resume, no_live)
+
+
+def _launch(
+    path: str,
+    overrides: list[str],
+    stages: list[str] | None,
+    launch: "Launch",
+    dry_run: bool,
+    resume: bool,
+    no_live: bool,
+) -> None:
+    from ballast.pipeline import launch_run
+    from ballast.pipeline.config_loading import load_config
+    from ballast.pipeline.launching import check_launch
+    from ballast.pipeline.run import check_run
+    from ballast.pipeline.stage_graph import planned
+
+    config = load_config(path, overrides)
+    names = stages or planned(config)
+    check_launch(config, names, launch)
+    if dry_run:
+        _execute(path, overrides, stages, True, resume, no_live)
+        return
+    check_run(config, names, resume)
+    todo = launch_run.commands(path, overrides, names, launch, resume=resume, live=not no_live)
+    if code := launch_run.run_commands(todo):
+        raise typer.Exit(code)
 
 
 def _stage_command(name: str) -> Callable[..., None]:

@@ -3,7 +3,6 @@
 A part is made when a stage first asks for it, and kept: one vLLM engine serves measurements and training.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,6 +18,7 @@ from ballast.errors import ConfigError, DataError, ModelError
 from ballast.guardrails.registry import load_guardrail
 from ballast.guardrails.types import Guardrail
 from ballast.models import resolve_model
+from ballast.pipeline import ranks
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_inputs import SamplingConfig, TransformersGeneration
 from ballast.pipeline.data import Row
@@ -45,9 +45,10 @@ class RunContext:
     def __init__(self, config: RunConfig, console: Console | None = None, live: bool = True) -> None:
         self.config = config
         self.folder = RunFolder(Path(config.out).expanduser() / config.name)
-        self.console = console or Console(stderr=True)
+        # Of processes that train together the main one speaks.
+        self.console = console or Console(stderr=True, quiet=not ranks.is_main())
         # Interactive: a terminal, and one whose cursor can be moved.
-        self.shows_table = live and self.console.is_interactive
+        self.shows_table = live and self.console.is_interactive and ranks.is_main()
         self._loaded: str | None = None
 
     @cached_property
@@ -110,12 +111,12 @@ class RunContext:
         return load_guardrail(self.config.judge)
 
     @cached_property
-    @cached_property
     def second_judge(self) -> Guardrail | None:
         """The second guardrail that measures; None where there is none."""
         options = self.config.evaluate.second_judge
         return None if options is None else load_guardrail(options.guard)
 
+    @cached_property
     def engine(self) -> VLLMEngine:
         """The vLLM engine; only where `generation.type` is vllm."""
         options = self.config.generation
@@ -185,7 +186,8 @@ class RunContext:
             TimeRemainingColumn(),
         )
         # A live display writes blank lines into a log file.
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        shown = self.console.is_terminal and not self.console.quiet
+        with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
 
@@ -227,19 +229,18 @@ class RunContext:
 
 
 def check_one_device() -> None:
-    """Training here is one process on one device.
+    """Each process that trains does so on one device.
 
     Raises:
-        ConfigError: more than one process was launched, or more than one GPU is visible.
+        ConfigError: more than one GPU is visible, and this is the only process.
     """
     import torch
 
-    processes, gpus = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count()
-    if processes > 1 or gpus > 1:
-        found = f"{processes} processes were launched" if processes > 1 else f"{gpus} GPUs are visible"
+    gpus = torch.cuda.device_count()
+    if ranks.world() == 1 and gpus > 1:
         raise ConfigError(
-            f"{found}, and this version trains in one process on one device: set CUDA_VISIBLE_DEVICES=0 and start "
-            "`ballast` itself, without accelerate launch or torchrun"
+            f"{gpus} GPUs are visible, and this is one process, which trains on one device: add --launch ddp to train on all of "
+            "them, or set CUDA_VISIBLE_DEVICES=0"
         )
 
 

@@ -2,15 +2,22 @@
 
 Before the first stage starts, all that can be refused is refused: an unknown stage, a finished stage from
 another configuration or from other data, a guard or a reward function that does not exist.
+
+In processes that train together (`ballast.pipeline.ranks`) the main one looks, decides and writes, and all of them do what a
+stage computes.
 """
 
 import importlib
 from collections.abc import Sequence
 
+from rich.console import Console
+
 from ballast.errors import ConfigError, DataError
+from ballast.pipeline import ranks
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_loading import dump_config
 from ballast.pipeline.context import RunContext
+from ballast.pipeline.launching import TRAINING, check_launch, launch_of_environment
 from ballast.pipeline.model_record import hold_contract
 from ballast.pipeline.run_checks import check_parts
 from ballast.pipeline.run_folder import write_text
@@ -24,7 +31,7 @@ def run(
     context: RunContext | None = None,
     live: bool = True,
 ) -> RunContext:
-    """Run stages of a configuration, in order, in this process.
+    """Run stages of a configuration, in order, in this process and those that a launcher started with it.
 
     A finished stage is not done again, `report` excepted. Without `stages`, all that a run consists of.
 
@@ -39,25 +46,62 @@ def run(
         The context, closed unless it was passed in.
 
     Raises:
-        ConfigError: an unknown stage, guard or reward function, or a run folder from another configuration or
-            from data files that have changed.
+        ConfigError: an unknown stage, guard or reward function, a run folder from another configuration or from data files
+            that have changed, or several processes for a stage that does not train.
         DataError: a stage whose inputs are missing.
+        MainProcessError: in a process that is not the main one, where that failed.
     """
     names = _planned(config, stages)
+    _check_processes(config, names)
+    ranks.join()
     own = context is None
     context = context or RunContext(config, live=live)
     try:
-        _check_folder(context, resume)
-        for i, name in enumerate(names):
-            _check_stage(context, name, coming=names[:i])
-        check_parts(context, [name for name in names if not _kept(context, name)])
-        _open_folder(context)
+        ranks.on_main(lambda: _check(context, names, resume))
+        ranks.on_main(lambda: _open_folder(context))
+        if ranks.world() > 1:
+            ranks.on_main(lambda: context.start_model)  # downloaded or converted once
         for name in names:
             _run_stage(context, name, resume)
     finally:
         if own:
             context.close()
     return context
+
+
+def check_run(config: RunConfig, stages: Sequence[str], resume: bool = False) -> None:
+    """Refuse what `run` would refuse before its first stage, and do nothing.
+
+    Raises:
+        ConfigError: as `run`.
+        DataError: as `run`.
+    """
+    context = RunContext(config, Console(stderr=True, quiet=True), live=False)
+    try:
+        _check(context, _planned(config, stages), resume)
+    finally:
+        context.close()
+
+
+def _check(context: RunContext, names: Sequence[str], resume: bool) -> None:
+    _check_folder(context, resume)
+    for i, name in enumerate(names):
+        _check_stage(context, name, coming=names[:i])
+    check_parts(context, [name for name in names if not _kept(context, name)])
+
+
+def _check_processes(config: RunConfig, names: Sequence[str]) -> None:
+    """Several processes train, or it is one."""
+    processes = ranks.launched()
+    alone = [name for name in names if name not in TRAINING]
+    if processes == 1:
+        return
+    if alone:
+        raise ConfigError(
+            f"stage '{alone[0]}' was started in {processes} processes, and only {' and '.join(TRAINING)} are made for several: start "
+            "`ballast run CONFIG --launch FILE` without accelerate or torchrun, which launches the stages that train and no others"
+        )
+    check_launch(config, names, launch_of_environment())
 
 
 def _planned(config: RunConfig, stages: Sequence[str] | None) -> list[str]:
@@ -99,21 +143,28 @@ def _check_stage(context: RunContext, name: str, coming: Sequence[str] = ()) -> 
 
 def _run_stage(context: RunContext, name: str, resume: bool) -> None:
     folder = context.folder
-    _check_stage(context, name)  # again: a stage of this call may have made anew what a finished one was made from
-    if _kept(context, name):
-        folder.remove_checkpoints(name)
-        context.say(f"[dim]{name}: done before, kept[/]")
+    if ranks.on_main(lambda: _done(context, name)):
         return
     context.say(f"[bold]{name}[/]")
     module = importlib.import_module(f"ballast.pipeline.stages.{stage_of(context.config, name).module or name}")
     settings, inputs = stage_settings(context.config, name), stage_inputs(context, name)
     with folder.writing(name, settings, inputs, resume) as scratch:
         if "prompting" in settings:
-            needs = stage_of(context.config, name).needs
-            hold_contract(scratch, [folder.stage(need) for need in needs], context.prompt_format)
+            needs = [folder.stage(need) for need in stage_of(context.config, name).needs]
+            ranks.on_main(lambda: hold_contract(scratch, needs, context.prompt_format))
         module.run_stage(context, scratch)
     seconds = folder.record(name)["seconds"]
     context.say(f"[dim]{name}: {seconds:.0f} s[/]")
+
+
+def _done(context: RunContext, name: str) -> bool:
+    """Whether a stage is kept as it is, all that it rests on being of this configuration."""
+    _check_stage(context, name)  # again: a stage of this call may have made anew what a finished one was made from
+    if not _kept(context, name):
+        return False
+    context.folder.remove_checkpoints(name)
+    context.say(f"[dim]{name}: done before, kept[/]")
+    return True
 
 
 def _check_folder(context: RunContext, resume: bool) -> None:

@@ -8,13 +8,14 @@ checkpoints/
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ballast.errors import BallastError
+from ballast.pipeline import ranks
 from ballast.pipeline.checkpoints.manifest import PARTIAL, damage, whole_folder
 from ballast.pipeline.run_folder import write_text
 
@@ -22,6 +23,8 @@ GOOD, BEST = "good", "best"
 _TAGS = "tags.json"
 _BESIDE = frozenset({_TAGS, _TAGS + PARTIAL})
 _MOST_FAILED = 3  # steps in a row whose checkpoint could not be written
+
+_Found = tuple[int, list[str]]  # step and tags of a checkpoint, as the main process tells them to the others
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ class CheckpointStore:
     """The checkpoints in a folder.
 
     Kept are the last `keep`, the last one tagged `good` and the last one tagged `best`.
+
+    Processes that train together call every method together: the main one writes, chooses and tells, and all get what it found.
 
     Args:
         folder: it is made at the first `save`.
@@ -80,29 +85,39 @@ class CheckpointStore:
         Best called from `on_log`: the step is then done, logged and counted.
 
         Args:
-            trainer: a transformers Trainer in training, on one process.
+            trainer: a transformers Trainer in training, whose model is whole on every process.
             step: optimizer steps done.
             tags: what is to be said of it, as with `tag`.
 
         Raises:
             CheckpointError: it could not be written, for want of space or of permission.
         """
-        from ballast.pipeline.checkpoints.training_state import write_training
+        return self._found(self._by_main(lambda states: self._save(trainer, states, step, tags), trainer))
+
+    def _save(self, trainer: Any, states: Sequence[str], step: int, tags: Iterable[str]) -> _Found:
+        from ballast.pipeline.checkpoints.training_state import write_random_states, write_training
 
         path = self._path(step)
         with _clear_errors(step, path):
             with whole_folder(path) as scratch:
                 write_training(trainer, scratch)
+                write_random_states(states, scratch)
                 if self._also is not None:
                     self._also(scratch)
             self._remove_spare()
-        return self.tag(step, *tags) if tags else Checkpoint(step, path, frozenset())
+        return self._tag(step, *tags) if tags else (step, [])
+
+    def _by_main(self, work: Callable[[Sequence[str]], Any], trainer: Any) -> Any:
+        from ballast.pipeline.checkpoints.training_state import random_states
+
+        states = random_states(trainer)
+        return ranks.on_main(lambda: work(states))
 
     def try_save(self, trainer: Any, step: int, tags: Iterable[str] = ()) -> Checkpoint | None:
         """`save`, for a training that goes on without this one: those before it are whole.
 
         Args:
-            trainer: a transformers Trainer in training, on one process.
+            trainer: a transformers Trainer in training, whose model is whole on every process.
             step: optimizer steps done.
             tags: what is to be said of it, as with `tag`.
 
@@ -112,8 +127,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: that is the third step in a row, whoever asked for the checkpoints.
         """
+        found = self._by_main(lambda states: self._try_save(trainer, states, step, tags), trainer)
+        return None if found is None else self._found(found)
+
+    def _try_save(self, trainer: Any, states: Sequence[str], step: int, tags: Iterable[str]) -> _Found | None:
         try:
-            saved = self.save(trainer, step, tags)
+            saved = self._save(trainer, states, step, tags)
         except CheckpointError as error:
             self._failed.add(step)
             if len(self._failed) >= _MOST_FAILED:
@@ -129,6 +148,9 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none of this step, or the tags could not be written.
         """
+        return self._found(ranks.on_main(lambda: self._tag(step, *tags)))
+
+    def _tag(self, step: int, *tags: str) -> _Found:
         path = self._path(step)
         if not path.is_dir():
             raise CheckpointError(f"there is no checkpoint of step {step} in '{self.folder}' to tag; save it first")
@@ -140,12 +162,13 @@ class CheckpointStore:
                 if other != path and BEST in (had := _tags(other)):
                     write_text(other / _TAGS, json.dumps(sorted(had - {BEST})))
             self._remove_spare()
-        return Checkpoint(step, path, frozenset(now))
+        return step, sorted(now)
 
     def at(self, step: int) -> Checkpoint | None:
         """That of a step, where it is whole."""
         path = self._path(step)
-        return Checkpoint(step, path, _tags(path)) if damage(path, _BESIDE) is None else None
+        whole = ranks.on_main(lambda: sorted(_tags(path)) if damage(path, _BESIDE) is None else None)
+        return None if whole is None else self._found((step, whole))
 
     def last(self) -> Checkpoint | None:
         """The latest one that is whole."""
@@ -180,17 +203,25 @@ class CheckpointStore:
         return sorted(folders, key=_step, reverse=True)
 
     def _latest(self, tag: str | None) -> Checkpoint | None:
+        found = ranks.on_main(lambda: self._search(tag))
+        return None if found is None else self._found(found)
+
+    def _search(self, tag: str | None) -> _Found | None:
         for path in self._paths():
             tags = _tags(path)
             if tag is not None and tag not in tags:
                 continue
             wrong = damage(path, _BESIDE)
             if wrong is None:
-                return Checkpoint(_step(path), path, tags)
+                return _step(path), sorted(tags)
             if path not in self._warned:
                 self._warned.add(path)
                 self._warn(f"checkpoint '{path}' is damaged and passed over: {wrong}")
         return None
+
+    def _found(self, found: _Found) -> Checkpoint:
+        step, tags = found
+        return Checkpoint(step, self._path(step), frozenset(tags))
 
     def _remove_spare(self) -> None:
         paths = self._paths()

@@ -1,5 +1,8 @@
 """All that a training goes on from, to a folder and back. The one place that touches how a Trainer saves itself.
 
+Of processes that train together the main one writes all of it; of the others it needs their random numbers alone, for weights,
+optimizer and the parts' own states are the same on all of them. Each reads for itself.
+
 Read against transformers 5.17, whose `_save_*` and `_load_*` methods write and read optimizer, schedule and random numbers; a
 contract test fails when they move (`tests/pipeline/checkpoints/test_seams.py`). What `Trainer._save_checkpoint` adds to
 them, a pickle of the arguments and a model card, is left out.
@@ -7,17 +10,26 @@ them, a pickle of the arguments and a model card, is left out.
 Weights are safetensors; what is not is read with `weights_only=True`.
 """
 
-from collections.abc import Collection, Iterator
+import base64
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import TrainerState
 
+from ballast.pipeline import ranks
+
 _STATE = "trainer_state.json"  # the name under which `Trainer.train(resume_from_checkpoint=...)` looks for it
 _PARTS = "parts.pt"
 # Of TRL's SFT, whose resumed trainings count their tokens from 0.
 _COUNTERS = ("_total_train_tokens",)
+
+# The Trainer asks for the optimizer's tensors on "cpu:0" where several processes train on a CPU, which torch knows as "cpu" alone.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 
 @runtime_checkable
@@ -45,6 +57,22 @@ def write_training(trainer: Any, folder: Path) -> None:
     states = {name: part.checkpoint_state() for name, part in _parts(trainer)}
     counters = {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
     torch.save({"parts": states, "counters": counters}, folder / _PARTS)
+
+
+def random_states(trainer: Any) -> list[str]:
+    """The random numbers of every process but the main one, for `write_random_states`; all processes call it."""
+    own: list[str] = []
+    if not ranks.is_main():
+        with tempfile.TemporaryDirectory() as folder:
+            trainer._save_rng_state(folder)
+            own = [base64.b64encode(path.read_bytes()).decode() for path in Path(folder).iterdir()]
+    return ranks.collected(own)
+
+
+def write_random_states(states: Sequence[str], folder: Path) -> None:
+    """Put them beside those of the main process, under the names by which each process looks for its own."""
+    for rank, state in enumerate(states, 1):
+        (folder / f"rng_state_{rank}.pth").write_bytes(base64.b64decode(state))
 
 
 def resume_parts(trainer: Any, folder: Path) -> None:

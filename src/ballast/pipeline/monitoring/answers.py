@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.guardrails.types import Guardrail
+from ballast.pipeline import ranks
 from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
 from ballast.pipeline.evaluation.metrics import summarize
@@ -18,6 +19,8 @@ from ballast.pipeline.run_folder import writable
 from ballast.rewards.outage import stop_above_limit
 
 GeneratorOf = Callable[[Any], Generator]
+
+_RANK_SEED = 2**32  # between the seeds of two processes, further apart than any two seeds of one
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,10 @@ class Measured:
         }
 
     def write(self, path: Path) -> None:
-        """A parquet table, a row an answer."""
+        """A parquet table, a row an answer; of processes that train together the main one writes it."""
+        ranks.on_main(lambda: self._write(path))
+
+    def _write(self, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -119,7 +125,7 @@ class SuiteMeasure:
         """Let the model answer, and judge.
 
         The model's mode and torch's random numbers are afterwards as they were, so that a training that is only watched
-        goes the same way.
+        goes the same way. Processes that train together share the suite out.
 
         Args:
             model: the policy.
@@ -130,17 +136,7 @@ class SuiteMeasure:
             GuardError: the judge broke its contract or left too much unscored.
         """
         started = time.perf_counter()
-        training = model.training
-        model.eval()
-        try:
-            answers = self.generator_of(model).generate(self.prompt_ids, self.sampling, seed)
-        finally:
-            model.train(training)
-        completions = tuple(
-            Completion(prompt.id, prompt.prompt, prompt.kind, answer.text, answer.truncated, i % self.samples)
-            for i, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True))
-        )
-        verdicts = tuple(judge_completions(completions, self.judge, threshold=self.threshold))
+        completions, verdicts = self._shared_out(model, seed)
         # The judge is not asked about an empty answer: that is the model's failure, not the judge's.
         asked = [v for v, c in zip(verdicts, completions, strict=True) if c.text.strip()]
         failed = [v for v in asked if v.risk is None]
@@ -152,7 +148,28 @@ class SuiteMeasure:
             failed[0].reason if failed else None,
             f"in the monitor's suite {when}",
         )
-        return Measured(completions, verdicts, time.perf_counter() - started)
+        seconds = ranks.on_main(lambda: time.perf_counter() - started)
+        return Measured(completions, verdicts, seconds)
+
+    def _shared_out(self, model: Any, seed: int) -> tuple[tuple[Completion, ...], tuple[Verdict, ...]]:
+        """Each process answers and judges its share of the suite; all get the whole, and so decide alike."""
+        own = ranks.own_share(range(len(self.prompts)))
+        training = model.training
+        model.eval()
+        try:
+            ids = [self.prompt_ids[i] for i in own]
+            answers = self.generator_of(model).generate(ids, self.sampling, seed + _RANK_SEED * ranks.rank())
+        finally:
+            model.train(training)
+        completions = [
+            Completion(prompt.id, prompt.prompt, prompt.kind, answer.text, answer.truncated, i % self.samples)
+            for i, prompt, answer in zip(own, (self.prompts[i] for i in own), answers, strict=True)
+        ]
+        verdicts = judge_completions(completions, self.judge, threshold=self.threshold)
+        if ranks.world() == 1:
+            return tuple(completions), tuple(verdicts)
+        every = ranks.collected([[asdict(c), asdict(v)] for c, v in zip(completions, verdicts, strict=True)])
+        return tuple(Completion(**c) for c, _ in every), tuple(Verdict(**v) for _, v in every)
 
 
 def suite_measure(

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ballast.errors import ConfigError
 from ballast.guardrails.types import Guardrail
+from ballast.pipeline import ranks
 from ballast.pipeline.checkpoints.store import CheckpointStore
 from ballast.pipeline.config_inputs import SamplingConfig
 from ballast.pipeline.evaluation.suites import SuitePrompt
@@ -42,6 +43,8 @@ class SafetyMonitor(TrainerCallback):
     A fall below the threshold that stays unconfirmed after a second sample lowers the learning rate, whatever the action, unless
     it is one that chance makes in many runs; then nothing is done, and the point is no good one to go back to.
 
+    Processes that train together share the suite out, see the same answers, and so decide and act alike.
+
     Args:
         suite: the prompts, none of which should be trained on; safety is measured on the harmful ones.
         judge: the guardrail that measures.
@@ -62,7 +65,7 @@ class SafetyMonitor(TrainerCallback):
         generator_of: gives a generator that holds the weights of a model; None lets transformers generate.
         measure: measures a model in place of suite, judge, sampling and generator.
         store: where good points are kept; None keeps them in `folder`.
-        on_event: is told of every evaluation and action.
+        on_event: is told of every evaluation and action, on the main process.
         seed: of sampling and test.
 
     Attributes:
@@ -300,4 +303,5 @@ class SafetyMonitor(TrainerCallback):
         line = {"event": event, "step": state.global_step, **what}
         self.events.append(line)
         write_history(self.folder, self.events)
-        self._tell(line)
+        if ranks.is_main():
+            self._tell(line)

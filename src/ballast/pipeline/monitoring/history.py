@@ -5,13 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ballast.pipeline import ranks
 from ballast.pipeline.run_folder import writable, write_text
 
 _FILE = "events.json"
 
 
 def write_history(folder: Path, events: Sequence[Mapping[str, Any]]) -> None:
-    """Write all events so far; the file is whole at every moment."""
+    """Write all events so far, by the main process; the file is whole at every moment."""
+    ranks.on_main(lambda: _write(folder, events))
+
+
+def _write(folder: Path, events: Sequence[Mapping[str, Any]]) -> None:
     with writable(folder / _FILE):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / _FILE, json.dumps(list(events), ensure_ascii=False))

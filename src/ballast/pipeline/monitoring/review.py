@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ballast.pipeline import ranks
 from ballast.pipeline.monitoring.answers import Measured
 from ballast.pipeline.monitoring.trip import Sample
 from ballast.pipeline.run_folder import writable
@@ -40,8 +41,9 @@ class SeenRows:
         self._rows.clear()
 
     def write(self, path: Path) -> int:
-        """A line of JSON a row; gives how many."""
-        rows = [dict(row) for row in self._rows.values()]
+        """A line of JSON a row, of all processes that train together; gives how many."""
+        # A group's completions may be spread over processes.
+        rows = list(dict(ranks.collected([[key, dict(row)] for key, row in self._rows.items()])).values())
         for row in rows:
             if (ids := row.pop("input_ids", None)) is not None:
                 row["text"] = self.tokenizer.decode(ids)
@@ -80,6 +82,10 @@ def write_flipped(path: Path, baseline: Sample, now: Measured, threshold: float)
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    ranks.on_main(lambda: _write(path, rows))
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

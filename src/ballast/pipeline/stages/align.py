@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.errors import DataError
+from ballast.pipeline import ranks
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_base import LoraConfig
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
@@ -34,7 +35,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
     check_one_device()
     config, settings = context.config, context.config.align
     rows = alignment_rows(context)
-    own = rehearsed_answers(context, rows) if settings.rehearse else {}
+    own = ranks.on_main(lambda: rehearsed_answers(context, rows)) if settings.rehearse else {}
     examples = [
         encode_answer(context.prompt_format, row, settings.max_length, own.get(row.id), settings.opening_tokens)
         for row in rows
@@ -43,7 +44,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
         output_dir=str(folder / "trainer"),
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // ranks.world(),
         max_length=settings.max_length,
         completion_only_loss=True,
         bf16=config.model.dtype == "bfloat16",  # autocast: the adapter's weights stay in fp32
@@ -70,11 +71,14 @@ def run_stage(context: RunContext, folder: Path) -> None:
         trainer.train()
     seconds = time.perf_counter() - started
     tokens = sum(len(example["input_ids"]) for example in examples) * settings.epochs
-    save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
-    write_run_card(context, folder / "model", "align")
-    (folder / "training.json").write_text(
-        json.dumps({"rows": len(rows), "rehearsed": len(own), "seconds": seconds, "tokens_per_s": tokens / seconds})
-    )
+    record = {"rows": len(rows), "rehearsed": len(own), "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+    def write() -> None:
+        save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
+        write_run_card(context, folder / "model", "align")
+        (folder / "training.json").write_text(json.dumps(record))
+
+    ranks.on_main(write)
 
 
 def alignment_rows(context: RunContext) -> list[Row]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ballast.errors import BallastError, DataError
+from ballast.pipeline import ranks
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_inputs import VLLMGeneration
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, interleave, training_rows
+from ballast.pipeline.launching import micro_batch
 from ballast.pipeline.model_card import CARD
 from ballast.pipeline.model_record import check_record
 from ballast.pipeline.run_card import write_run_card
@@ -33,7 +35,6 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from ballast.pipeline.checkpoints.resumable import ResumableTraining
     from ballast.pipeline.monitoring.of_run import monitored
     from ballast.pipeline.training.completions import CompletionsTable
-    from ballast.pipeline.training.merge import save_merged
 
     check_one_device()
     config = context.config
@@ -48,21 +49,25 @@ def run_stage(context: RunContext, folder: Path) -> None:
         seconds = training.train(trainer)
     if monitor is None or not monitor.stopped:
         check_all_steps_done(trainer.state.global_step, config.train.steps)
+    record = {
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "tokens_per_s": table.tokens / seconds,
+        "completions": table.rows,
+    }
+    ranks.on_main(lambda: write_trained(context, trainer, folder, record))
+
+
+def write_trained(context: RunContext, trainer: Any, folder: Path, record: dict[str, Any]) -> None:
+    """What a training leaves: adapter, merged model, their cards, and training.json with the record."""
+    from ballast.pipeline.training.merge import save_merged
+
     trainer.model.save_pretrained(folder / "adapter")
     (folder / "adapter" / CARD).unlink(missing_ok=True)  # PEFT's form to be filled in
     save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
     for made in ("adapter", "model"):
         write_run_card(context, folder / made, "train")
-    (folder / "training.json").write_text(
-        json.dumps(
-            {
-                "steps": trainer.state.global_step,
-                "seconds": seconds,
-                "tokens_per_s": table.tokens / seconds,
-                "completions": table.rows,
-            }
-        )
-    )
+    (folder / "training.json").write_text(json.dumps(record))
 
 
 def shaped_trainer(context: RunContext, folder: Path, table: "CompletionsTable") -> Any:
@@ -176,12 +181,12 @@ def grpo_arguments(config: RunConfig, folder: Path, n_user_rewards: int = 0) -> 
 
     settings = config.train
     completions = settings.prompts_per_step * settings.group_size
-    micro = min(settings.micro_batch_size, completions)
+    micro, passes = micro_batch(completions, settings.micro_batch_size, ranks.world())
     return GRPOConfig(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=completions // micro,
+        gradient_accumulation_steps=passes,
         num_generations=settings.group_size,
         max_completion_length=settings.sampling.max_new_tokens,
         temperature=settings.sampling.temperature,

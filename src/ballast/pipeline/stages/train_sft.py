@@ -8,7 +8,6 @@ Writes `adapter/`, `model/` (merged), `answers.parquet` (each answer's cuts, ris
 often each STAR occurs in each kind. Killed, it goes on from its last checkpoint, where `train.checkpoint_every` makes some.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from ballast.errors import DataError
 from ballast.guardrails.types import RiskTrace
+from ballast.pipeline import ranks
 from ballast.pipeline.config import RunConfig
 from ballast.pipeline.config_sft import ConstrainedLoss, PlainLoss
 from ballast.pipeline.context import RunContext, check_one_device, load_policy
 from ballast.pipeline.data import Row, draw
-from ballast.pipeline.model_card import CARD
+from ballast.pipeline.launching import micro_batch
 from ballast.pipeline.model_record import check_record
-from ballast.pipeline.run_card import write_run_card
 from ballast.pipeline.stages.align import encode_answer, quiet, rows_with_answers
+from ballast.pipeline.stages.train import write_trained
 from ballast.rewards.outage import stop_above_limit
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def run_stage(context: RunContext, folder: Path) -> None:
     from ballast.pipeline.safe_updates import safegrad_callbacks
     from ballast.pipeline.safety_layers import adapter, callbacks_after, callbacks_before, trainer_with
     from ballast.pipeline.training.callbacks import MetricsCallback
-    from ballast.pipeline.training.merge import save_merged
     from ballast.pipeline.training.sft import ShapedSFTTrainer
 
     check_one_device()
@@ -70,16 +69,11 @@ def run_stage(context: RunContext, folder: Path) -> None:
     monitored(context, trainer, folder, training.store)
     with context.live("train"):
         seconds = training.train(trainer)
-    trainer.model.save_pretrained(folder / "adapter")
-    (folder / "adapter" / CARD).unlink(missing_ok=True)  # PEFT's form to be filled in
-    save_merged(trainer.model, context.tokenizer, context.prompt_format, folder / "model")
-    for made in ("adapter", "model"):
-        write_run_card(context, folder / made, "train")
     done = trainer.state.global_step
     # A monitor may have ended the training early.
     tokens = sum(len(row["input_ids"]) for row in rows) * settings.epochs * done / trainer.state.max_steps
     record = {"steps": done, "seconds": seconds, "tokens_per_s": tokens / seconds, **counts}
-    (folder / "training.json").write_text(json.dumps(record))
+    ranks.on_main(lambda: write_trained(context, trainer, folder, record))
 
 
 def training_rows_of(context: RunContext, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -97,7 +91,7 @@ def training_rows_of(context: RunContext, folder: Path) -> tuple[list[dict[str, 
         return [columns(answer, settings.max_length) for answer in answers], {"answers": len(answers), "unscored": 0}
     judged = _judged(context)
     star = [star_of_segments(row.trace, settings.loss) for row in judged]
-    _write_answers(folder / "answers.parquet", judged, star)
+    ranks.on_main(lambda: _write_answers(folder / "answers.parquet", judged, star))
     scored = [(row, star_K) for row, star_K in zip(judged, star, strict=True) if star_K is not None]
     unscored = len(judged) - len(scored)
     context.say(f"  {len(judged)} answers judged, {unscored} unscored and left out")
@@ -194,7 +188,7 @@ def sft_arguments(config: RunConfig, folder: Path) -> Any:
     from trl import SFTConfig
 
     settings = config.sft
-    micro = min(settings.micro_batch_size, settings.batch_size)
+    micro, passes = micro_batch(settings.batch_size, settings.micro_batch_size, ranks.world())
     return SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
@@ -203,7 +197,7 @@ def sft_arguments(config: RunConfig, folder: Path) -> Any:
         warmup_steps=settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // micro,
+        gradient_accumulation_steps=passes,
         max_length=settings.max_length,
         completion_only_loss=True,
         # Autocast: the adapter's weights stay in fp32, its products run in the precision of the base.

@@ -1,12 +1,14 @@
 """The table of completions: a parquet file a step, with the risk of every segment and every token's advantage."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ballast.pipeline import ranks
 from ballast.pipeline.training.grpo import StepRecord
 
 # Spelled out: a column that is all null in one step would get a type of its own, and the files would not be
@@ -30,10 +32,11 @@ class CompletionsTable:
 
     Columns: step, kind, prompt (the last user message), completion, token_ids, advantages (one a token),
     tokens_in_loss (fewer than the tokens after an early stop, 0 where unscored), cuts, risk (one a cut; null where
-    unscored), unscored_reason, and `reward_NAME` for every term.
+    unscored), unscored_reason, and `reward_NAME` for every term. Processes that train together write a file a step each,
+    with their own completions.
 
     Attributes:
-        rows: completions in the table.
+        rows: completions in the table, of all processes.
         tokens: their tokens.
 
     Args:
@@ -46,19 +49,21 @@ class CompletionsTable:
         self.folder = folder
         self.rows = 0
         self.tokens = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = 0
-        for part in sorted(folder.glob("step-*.parquet")):
+        ranks.on_main(lambda: self._make(done))
+        kept = sorted(folder.glob("step-*.parquet"))
+        for part in kept:
+            ids = pq.read_table(part, columns=["token_ids"]).column("token_ids")
+            self._count([len(ids), pc.sum(pc.list_value_length(ids)).as_py()])
+        self._part = itertools.count(len(kept) + ranks.rank(), ranks.world())
+
+    def _make(self, done: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob("step-*.parquet"):
             if int(part.name.split("-")[1]) >= done:
                 part.unlink()
-                continue
-            ids = pq.read_table(part, columns=["token_ids"]).column("token_ids")
-            kept, self.rows, self.tokens = (
-                kept + 1,
-                self.rows + len(ids),
-                self.tokens + pc.sum(pc.list_value_length(ids)).as_py(),
-            )
-        self._part = itertools.count(kept)
+
+    def _count(self, more: Sequence[float]) -> None:
+        self.rows, self.tokens = self.rows + int(more[0]), self.tokens + int(more[1])
 
     def write(self, record: StepRecord) -> None:
         """Append the completions of one batch."""
@@ -82,5 +87,4 @@ class CompletionsTable:
         schema = pa.schema([*_COLUMNS.items(), *((f"reward_{name}", pa.float64()) for name in record.rewards)])
         part = self.folder / f"step-{record.step:05d}-{next(self._part):03d}.parquet"
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-        self.rows += len(rows)
-        self.tokens += sum(len(ids) for ids in record.completion_ids)
+        self._count(ranks.summed([len(rows), sum(len(ids) for ids in record.completion_ids)]))

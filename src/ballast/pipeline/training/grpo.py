@@ -19,13 +19,15 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from ballast.errors import ConfigError, GuardError
+from ballast.pipeline import ranks
 from ballast.pipeline.config_shaping import ShapingConfig
 from ballast.pipeline.prompting import PromptFormat
 from ballast.pipeline.training.kl_reference import check_reference, log_ratio_to_reference
+from ballast.pipeline.training.logged_means import Sums, means_over_processes
 from ballast.pipeline.training.options import check_options
 from ballast.pipeline.training.overlap import OverlappedGuard
 from ballast.pipeline.training.shaped_advantages import shaped_advantages, violation_rate
-from ballast.pipeline.training.step_metrics import NAN, group_metrics, reward_metrics, row_mean, signal_metrics
+from ballast.pipeline.training.step_metrics import NAN, group_metrics, reward_metrics, row_mean, signal_sums
 from ballast.rewards.advantages import charged, weighted_zscores
 from ballast.rewards.dual import DualVariable
 from ballast.rewards.early_stop import stopped_early, tokens_in_loss
@@ -242,7 +244,7 @@ class ShapedGRPOTrainer(GRPOTrainer):
         ratio_NT = log_ratio_to_reference(self, output, size)
         before_NT = spread_to_tokens(before(scored.clean_NK, scored.scores.start_N), segment_NT)
         in_loss = ratio_NT[segment_NT >= 0]
-        self._log({"shaping/log_ratio_to_reference": in_loss.mean().item() if len(in_loss) else NAN})
+        self._log_means({"shaping/log_ratio_to_reference": (in_loss.sum().item(), len(in_loss))})
         kl_NT = token_kl(ratio_NT, before_NT, shaping.kl.weight, shaping.kl.clip)
         return kl_NT.masked_fill(segment_NT < 0, 0.0)
 
@@ -275,13 +277,22 @@ class ShapedGRPOTrainer(GRPOTrainer):
         self, scored: ScoredBatch, reward_NR: torch.Tensor, scored_all_N: torch.Tensor, signal: tuple[Any, Any, Any]
     ) -> None:
         row_mean_N = self._gather(row_mean(*signal[:2]))
+        self._log_means(signal_sums(scored, *signal))
         self._log(
             {
-                **signal_metrics(scored, *signal),
+                **self._guard_figures(scored, signal[2]),
                 **reward_metrics([t.__name__ for t in self.terms], reward_NR, self.reward_weights.cpu(), scored_all_N),
                 **group_metrics(row_mean_N, scored_all_N, self._group_size),
             }
         )
+
+    def _guard_figures(self, scored: ScoredBatch, token_NT: torch.Tensor) -> dict[str, float]:
+        """The policy's tokens that the guards of all processes read, and how long the slowest of them took."""
+        tokens = ranks.summed([float((token_NT >= 0).sum())])[0]
+        return {"guard/seconds": max(ranks.collected([scored.seconds])), "guard/tokens": tokens}
+
+    def _log_means(self, sums: Sums) -> None:
+        self._log({**dict.fromkeys(sums, NAN), **means_over_processes(sums)})
 
     def _log(self, values: dict[str, float]) -> None:
         for name, value in values.items():

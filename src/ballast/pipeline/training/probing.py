@@ -9,9 +9,12 @@ A step, with W the trained weights, L_safe the contrastive loss of the safety pa
     V  = beta * grad_V [L(W + dW, V) - L(W, V)] at V = 0  where the harmful step helps the task less
     W  is then moved by the gradient of L(W, V)
 
+Processes that train together share the pairs of a step out and have one direction; `fresh` probes are of each one's own rows,
+the `stale` one is of all rows. So the gradient is that of one process with as many more micro-batches.
+
 `fresh` computes V for the very micro-batch. `stale` uses the V of the step before and so saves a pass; its gradients are
 taken at that V, which is what the published code does. One vector a layer, the same at every token: the bias of the MLP in
-the published code. Overridden: `training_step`, `compute_loss`, `log`; nothing is copied.
+the published code. Overridden: `training_step`, `compute_loss`; nothing is copied.
 """
 
 import copy
@@ -27,9 +30,12 @@ from typing import Any
 import torch
 
 from ballast.errors import BallastError, ConfigError, DataError
+from ballast.pipeline import ranks
 from ballast.pipeline.config_probing import ProbingConfig
 from ballast.pipeline.training.layers import decoder_layers, layers_path
+from ballast.pipeline.training.logged_means import LoggedMeans
 from ballast.pipeline.training.probe import Probe, cosine, norm, probe_vectors, stepped
+from ballast.pipeline.training.safegrad.safety_gradient import sum_over_processes
 from ballast.pipeline.training.safety_pairs import SafetyPair, contrastive_loss
 
 DEFAULT = ProbingConfig()
@@ -40,10 +46,10 @@ STEP, STEP_IN_HALF_PRECISION = 2e-5, 3e-2
 _HALF = (torch.bfloat16, torch.float16)
 
 # What trainers count or log inside `compute_loss`; the passes of the probe leave no trace in it.
-_COUNTED = ("_metrics", "_total_train_tokens")
+_COUNTED = ("_metrics", "_sums", "_total_train_tokens")
 
 
-class SafetyProbing:
+class SafetyProbing(LoggedMeans):
     """Mixin: a Trainer whose steps are probed. Put it before the trainer's class.
 
     Logged beside the trainer's own figures: `probing/safety_loss`, `probing/cosine` of task and safety gradient (below 0:
@@ -83,7 +89,6 @@ class SafetyProbing:
         self._direction_step = -1
         self._skipped = 0
         self._stepping = False
-        self._figures: dict[str, list[float]] = defaultdict(list)
 
     def _check_training(self) -> None:
         half = [n for n, p in self._trained() if p.dtype in _HALF]
@@ -159,7 +164,7 @@ class SafetyProbing:
                 unscaled = not self.model_accepts_loss_kwargs or num_items_in_batch is None
                 divisor = self._micro_batches if unscaled and self.compute_loss_func is None else 1
                 self._set_probe(lambda: loss_of(bare, copy.copy(inputs)) / divisor)
-            self._note("seconds", time.perf_counter() - started)
+            self.note_mean("probing/seconds", time.perf_counter() - started, 0.0)
         return loss_of(model, inputs, return_outputs)
 
     def _set_probe(self, loss: Callable[[], torch.Tensor]) -> None:
@@ -213,21 +218,17 @@ class SafetyProbing:
         if self._direction_step == self.state.global_step:
             return
         self._direction_step = self.state.global_step
-        trained, device = [p for _, p in self._trained()], self.accelerator.device
-        was_training = self.model.training
-        self.model.eval()  # no dropout, so no random numbers are used up
-        try:
-            with self.accelerator.autocast():
-                loss = contrastive_loss(self.model, self._pairs_of_step(), self.probing.temperature)
-            slopes = torch.autograd.grad(loss, trained, allow_unused=True)
-        finally:
-            self.model.train(was_training)
-        direction = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, slopes, strict=True)]
-        if self.accelerator.num_processes > 1:
-            for gradient in direction:
-                torch.distributed.all_reduce(gradient)  # a sum; only the direction counts
+        trained = [p for _, p in self._trained()]
+        pairs = self._pairs_of_step()
+        own = ranks.own_share(pairs)
+        direction, loss = [torch.zeros_like(p) for p in trained], 0.0
+        if own:
+            direction, loss = self._pulled_by(own, trained, len(own) / len(pairs))
+        if ranks.world() > 1:
+            sum_over_processes(direction)
         length = norm(direction)
-        self._note("safety_loss", float(loss.detach().to(device)))
+        self._note("safety_loss", loss, len(own))
+        self.note_mean("probing/seconds", 0.0, 1.0)  # per step, whatever the number of its micro-batches
         usable = math.isfinite(length) and length > 0
         self._direction = direction if usable else None
         self._skipped = 0 if usable else self._skipped + 1
@@ -238,9 +239,25 @@ class SafetyProbing:
                 "look at loss and grad_norm in the log, lower the learning rate, or switch probing off"
             )
 
+    def _pulled_by(
+        self, pairs: Sequence[SafetyPair], trained: Sequence[torch.Tensor], share: float
+    ) -> tuple[list[torch.Tensor], float]:
+        """The gradient of the pairs' mean loss, times a share, and the loss."""
+        was_training = self.model.training
+        self.model.eval()  # no dropout, so no random numbers are used up
+        try:
+            with self.accelerator.autocast():
+                loss = contrastive_loss(self.model, pairs, self.probing.temperature)
+            slopes = torch.autograd.grad(share * loss, trained, allow_unused=True)
+        finally:
+            self.model.train(was_training)
+        direction = [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(trained, slopes, strict=True)]
+        return direction, loss.item()
+
     def _pairs_of_step(self) -> list[SafetyPair]:
-        # By step and process alone, so that a resumed run draws the same.
-        draw = random.Random(f"{self.args.seed}/{self.state.global_step}/{self.accelerator.process_index}")
+        """Those of all processes together, which share them out."""
+        # By the step alone, so that a resumed run draws the same.
+        draw = random.Random(f"{self.args.seed}/{self.state.global_step}")
         return draw.sample(self.safety_pairs, min(self.probing.batch_size, len(self.safety_pairs)))
 
     def _after_backward(self) -> None:
@@ -249,8 +266,9 @@ class SafetyProbing:
             return
         if self.probing.probe == "stale":
             plain = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in self._stale.items()}
-            self._note_difference(self._harmful_sum, plain)
-            vectors = probe_vectors(self._harmful_sum, plain, self.probing.beta, self.probing.scale)
+            harmful, plain = _averaged(self._harmful_sum), _averaged(plain)
+            self._note_difference(harmful, plain)
+            vectors = probe_vectors(harmful, plain, self.probing.beta, self.probing.scale)
             self._stale = {n: vector.requires_grad_() for n, vector in vectors.items()}
             self._harmful_sum = {}
         names = [name for name, _ in self._trained()]
@@ -265,18 +283,9 @@ class SafetyProbing:
         if length > 0:
             self._note("difference", norm([harmful[n] - plain[n] for n in plain]) / length)
 
-    def _note(self, name: str, value: float) -> None:
+    def _note(self, name: str, value: float, weight: float = 1.0) -> None:
         if math.isfinite(value):
-            self._figures[f"probing/{name}"].append(value)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's own, with the probe's figures added to those of training."""
-        if "loss" in logs:
-            steps = max(1, len(self._figures.get("probing/skipped", ())))
-            for name, values in self._figures.items():
-                logs[name] = sum(values) / (steps if name == "probing/seconds" else len(values))
-            self._figures.clear()
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+            self.note_mean(f"probing/{name}", value * weight, weight)
 
 
 def probed_layers(probing: ProbingConfig, layers: int) -> range:
@@ -303,6 +312,14 @@ def _by_layer(names: Sequence[str], path: str) -> dict[int, list[int]]:
         if match := pattern.search(name):
             found[int(match.group(1))].append(place)
     return dict(found)
+
+
+def _averaged(slopes: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Over the processes, as DDP averages the gradients of the weights."""
+    if ranks.world() > 1:
+        slopes = {n: slope / ranks.world() for n, slope in slopes.items()}
+        sum_over_processes(list(slopes.values()))
+    return slopes
 
 
 def _rms(vectors: dict[int, torch.Tensor]) -> float:

@@ -27,6 +27,7 @@ from ballast.pipeline.config_sft import (
     SFTLoss,
 )
 from ballast.pipeline.training.chunked_kl import chunked_kl
+from ballast.pipeline.training.logged_means import LoggedMeans
 from ballast.pipeline.training.reference import (
     REFERENCE_COLUMN,
     Reference,
@@ -50,7 +51,7 @@ from ballast.pipeline.training.sft_losses import constrained_beta, constrained_w
 DEFAULT_LOSS = CorrectedLoss()
 
 
-class ShapedSFTTrainer(SFTTrainer):
+class ShapedSFTTrainer(LoggedMeans, SFTTrainer):
     """`SFTTrainer` whose tokens weigh what a guardrail thinks of the text they stand in.
 
     The loss of a target token is `s * CE + kl_weight * (1 - s) * KL(pi || pi_ref)`, with s the token's STAR, divided by
@@ -263,10 +264,9 @@ class ShapedSFTTrainer(SFTTrainer):
         return whole
 
     def _log(self, name: str, value_BT: torch.Tensor, mask_BT: torch.Tensor) -> None:
-        """The mean over the tokens of the mask, on this process; nothing where there are none."""
+        """The mean over the tokens of the mask."""
         values = value_BT.detach()[mask_BT]
-        if len(values):
-            self._metrics["train" if self.model.training else "eval"][f"sft/{name}"].append(values.mean().item())
+        self.note_mean(f"sft/{name}", values.sum().item(), len(values))
 
 
 class _Shaped:

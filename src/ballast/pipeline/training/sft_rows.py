@@ -7,12 +7,13 @@ label, and have 1. Rows are cut last, ids and STAR at the same place.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ballast.errors import DataError
 from ballast.guardrails.segments import segment_of_tokens, token_char_ends
 from ballast.guardrails.types import RiskTrace
+from ballast.pipeline import ranks
 from ballast.pipeline.config_sft import CorrectedLoss, RejectLoss, SFTLoss
 from ballast.pipeline.training.sft_batches import STAR_COLUMN
 from ballast.rewards.guard_reward import GuardReward
@@ -58,19 +59,29 @@ class JudgedAnswer:
 def judge(
     answers: Sequence[Answer], reward: GuardReward, batch_size: int = 64, progress: Callable[[int], None] | None = None
 ) -> list[JudgedAnswer]:
-    """Ask the guard about every answer, whole, a batch at a time.
+    """Ask the guard about every answer, whole, a batch at a time; processes that train together share them out.
 
     Raises:
         BallastError: as `GuardReward.score`.
     """
-    judged: list[JudgedAnswer] = []
-    for start in range(0, len(answers), batch_size):
-        batch = answers[start : start + batch_size]
+    own, judged = ranks.own_share(answers), []
+    for start in range(0, len(own), batch_size):
+        batch = own[start : start + batch_size]
         scored = reward.score([answer.messages for answer in batch], [answer.ids for answer in batch])
         judged += [JudgedAnswer(*row) for row in zip(batch, scored.traces, scored.segments, strict=True)]
         if progress is not None:
             progress(len(batch))
-    return judged
+    if ranks.world() == 1:
+        return judged
+    every = ranks.collected([[asdict(row.trace), row.segments] for row in judged])
+    return [
+        JudgedAnswer(answer, RiskTrace(**{name: _as_made(value) for name, value in trace.items()}), tuple(segments))
+        for answer, (trace, segments) in zip(answers, every, strict=True)
+    ]
+
+
+def _as_made(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def judged_before(answer: Answer, trace: RiskTrace, tokenizer: Any) -> JudgedAnswer:

@@ -6,13 +6,13 @@
 The policy's hidden states are those of the trainer's own forward; the start model costs one forward more.
 """
 
-import math
 from typing import Any
 
 import torch
 
 from ballast.errors import ConfigError
 from ballast.pipeline.training.chunked_kl import chunked_kl
+from ballast.pipeline.training.logged_means import LoggedMeans
 from ballast.pipeline.training.reference import (
     Reference,
     adapter_is_new,
@@ -24,7 +24,7 @@ from ballast.pipeline.training.reference import (
 )
 
 
-class StartModelKL:
+class StartModelKL(LoggedMeans):
     """Mixin: adds `weight * sum over tokens of KL(policy || start) / target tokens of the optimizer step` to the loss.
 
     The start model is the policy with its adapter switched off where the adapter is new, else a frozen copy. Logs
@@ -42,7 +42,6 @@ class StartModelKL:
     model: Any
     accelerator: Any
     args: Any
-    _metrics: Any
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class StartModelKL:
                 "the trainer the object"
             )
         copied = None if new else frozen_copy(model)
-        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(model, *args, **kwargs)
         self.start_kl_weight, self.start_kl_tokens = start_kl_weight, start_kl_tokens
         check_exact_kl(self.model)
         for name in ("packing", "eval_packing", "padding_free"):
@@ -96,9 +95,5 @@ class StartModelKL:
         held = self.start_kl_weight * kl_M.sum() / count
         if num_items_in_batch is not None and getattr(self.args, "average_tokens_across_devices", False):
             held = held * self.accelerator.num_processes  # gradients are averaged over processes, the count is of all
-        self._log_kl(float(kl_M.detach().mean()) if len(kl_M) else math.nan)
+        self.note_mean("regularization/kl", float(kl_M.detach().sum()), len(kl_M))
         return (result[0] + held, result[1]) if return_outputs else result + held
-
-    def _log_kl(self, value: float) -> None:
-        if math.isfinite(value):
-            self._metrics["train" if self.model.training else "eval"]["regularization/kl"].append(value)

@@ -17,10 +17,10 @@ from ballast.rewards.star import spread_to_tokens
 NAN = float("nan")
 
 
-def signal_metrics(
+def signal_sums(
     scored: ScoredBatch, advantage_NT: torch.Tensor, segment_NT: torch.Tensor, token_NT: torch.Tensor
-) -> dict[str, float]:
-    """The guard's judgement and the advantages of this process's rows.
+) -> dict[str, tuple[float, float]]:
+    """The guard's judgement and the advantages of this process's rows, as sums and how many each is over.
 
     Args:
         scored: the guard's judgement.
@@ -31,7 +31,7 @@ def signal_metrics(
     Returns:
         `risk/first_unsafe_token` is the mean index, from 0, of the first token of the first segment with a risk above
         one half, over the completions that have one; `loss/masked_share` the share of completions of which tokens
-        are left out of the loss; `guard/tokens` the policy's tokens that the guard read in `guard/seconds`.
+        are left out of the loss.
     """
     valid_N = scored.scores.scored_N
     risk_N = 1.0 - scored.lowest_star_N[valid_N]
@@ -39,17 +39,20 @@ def signal_metrics(
     unsafe_NK = unsafe_from(scored.clean_NK, scored.scores.segment_mask_NK, tau=0.5) & valid_N[:, None]
     unsafe_NT = spread_to_tokens(unsafe_NK.float(), token_NT) > 0
     first = unsafe_NT.float().argmax(dim=1)[unsafe_NT.any(dim=1)].float()
+    masked_N = (segment_NT != token_NT).any(dim=1)
     return {
-        "risk/mean": risk_N.mean().item() if len(risk_N) else NAN,
-        "risk/violation_rate": (risk_N > 0.5).float().mean().item() if len(risk_N) else NAN,
-        "risk/first_unsafe_token": first.mean().item() if len(first) else NAN,
-        "risk/unscored_share": 1.0 - valid_N.float().mean().item(),
-        "advantage/mean": advantage.mean().item() if len(advantage) else 0.0,
-        "advantage/negative_share": (advantage < 0).float().mean().item() if len(advantage) else 0.0,
-        "loss/masked_share": (segment_NT != token_NT).any(dim=1).float().mean().item(),
-        "guard/seconds": scored.seconds,
-        "guard/tokens": float((token_NT >= 0).sum()),
+        "risk/mean": _over(risk_N),
+        "risk/violation_rate": _over(risk_N > 0.5),
+        "risk/first_unsafe_token": _over(first),
+        "risk/unscored_share": _over(~valid_N),
+        "advantage/mean": _over(advantage),
+        "advantage/negative_share": _over(advantage < 0),
+        "loss/masked_share": _over(masked_N),
     }
+
+
+def _over(values: torch.Tensor) -> tuple[float, float]:
+    return values.double().sum().item(), float(values.numel())
 
 
 def reward_metrics(

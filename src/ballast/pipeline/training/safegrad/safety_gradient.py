@@ -77,7 +77,7 @@ def safety_gradient(
         )
     total, tokens = ranks.summed([summed, len(loss.batches[number].labels)], parameters[0].device)
     if ranks.world > 1 and not sharded:
-        _reduce(parts)
+        sum_over_processes(parts)
     # A sharded backward takes the mean over processes, a reduction above the sum.
     divisor = tokens / ranks.world if sharded else tokens
     for part in parts:
@@ -132,7 +132,7 @@ def _by_backward(
             parameter.grad = gradient
 
 
-def _reduce(parts: Sequence[torch.Tensor | None]) -> None:
+def sum_over_processes(parts: Sequence[torch.Tensor | None]) -> None:
     """Sum over processes, in place, a bucket of tensors at a time."""
     bucket: list[torch.Tensor] = []
     given = [part for part in parts if part is not None]
