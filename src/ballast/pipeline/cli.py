@@ -16,7 +16,8 @@ from typer.core import TyperGroup
 
 import ballast
 from ballast.errors import BallastError, ConfigError
-from ballast.pipeline import guard_cli, ranks, restore_cli, serve_cli
+from ballast.pipeline import guard_cli, ranks, report_cli, restore_cli, serve_cli
+from ballast.pipeline.stage_group import STAGE
 
 if TYPE_CHECKING:
     from ballast.pipeline.launching import Launch
@@ -73,6 +74,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(guard_cli.app, name="guard")
 app.add_typer(restore_cli.app, name="restore")
+app.add_typer(report_cli.app, name="report")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: demo, grpo.")]
 Overrides = Annotated[
@@ -206,10 +208,14 @@ def _stage_command(name: str) -> Callable[..., None]:
     return command
 
 
+# Stages with commands of their own beside them.
+_GROUPS = {"restore": restore_cli.app, "report": report_cli.app}
+
 for _name, _help in STAGES.items():
-    if _name != "restore":
+    if _name in _GROUPS:
+        _GROUPS[_name].command(STAGE, help=_help)(_stage_command(_name))
+    else:
         app.command(_name, help=_help, rich_help_panel="One stage alone")(_stage_command(_name))
-restore_cli.app.command(restore_cli.STAGE, help=STAGES["restore"])(_stage_command("restore"))
 
 
 app.command("serve")(serve_cli.serve)

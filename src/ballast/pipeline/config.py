@@ -29,6 +29,7 @@ from ballast.pipeline.config_monitor import MonitorConfig
 from ballast.pipeline.config_probing import ProbingConfig
 from ballast.pipeline.config_prompts import PromptsConfig
 from ballast.pipeline.config_regularization import RegularizationConfig, check_method
+from ballast.pipeline.config_report import ReportConfig
 from ballast.pipeline.config_restore import RestoreConfig
 from ballast.pipeline.config_rewards import GuardRefusal, RewardConfig
 from ballast.pipeline.config_safe_updates import SafeGradConfig
@@ -81,6 +82,7 @@ class RunConfig(Component):
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     restore: RestoreConfig = RestoreConfig()
+    report: ReportConfig = ReportConfig()
     serve: ServeConfig = Field(ServeConfig(), description="the gateway of `ballast serve`; no stage reads it")
 
     @model_validator(mode="after")
@@ -103,12 +105,12 @@ class RunConfig(Component):
         return self
 
     @model_validator(mode="after")
-    def _monitor_is_another_guard(self) -> Self:
-    @model_validator(mode="after")
     def _second_judge_is_of_another_kind(self) -> Self:
         check_second_judge(self.evaluate.second_judge, self.judge, self.guard)
         return self
 
+    @model_validator(mode="after")
+    def _monitor_is_another_guard(self) -> Self:
         monitor = self.monitor
         if monitor.judge is None or monitor.allow_reward_guard:
             return self

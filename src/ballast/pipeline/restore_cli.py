@@ -9,28 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from ballast.pipeline.basin_cli import restore_basin
+from ballast.pipeline.stage_group import StageOrCommand
 
 if TYPE_CHECKING:
     from ballast.pipeline.restoration.methods import Method
     from ballast.pipeline.restoration.models import Models
     from ballast.pipeline.restoration.restore import Restored
 
-STAGE = "stage"  # the command that a configuration stands for
-
-
-class _StageOrMethod(TyperGroup):
-    """`restore lox ...` is a method; what is no method's name is a configuration, whose stage is run."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        known = not args or args[0].startswith("-") or self.get_command(ctx, args[0]) is not None
-        return super().resolve_command(ctx, args if known else [STAGE, *args])
-
-
 app = typer.Typer(
-    cls=_StageOrMethod,
+    cls=StageOrCommand,
     no_args_is_help=True,
     help="Repair a tuned model by arithmetic on its weights: a method below directly, or with a configuration in its place "
     "the stage that tries several.",

@@ -64,7 +64,7 @@ STAGES: dict[str, Stage] = {
         data=("data.test",),
         in_run=False,
     ),
-    "report": Stage(needs=("baseline", "evaluate"), reads=("evaluate",), repeats=True),
+    "report": Stage(needs=("baseline", "evaluate"), reads=("evaluate", "report"), repeats=True),
 }
 
 
@@ -84,9 +84,9 @@ def stage_of(config: RunConfig, name: str) -> Stage:
         stage = _of_prompts(config, stage)
     if name == "localize":
         stage = replace(stage, in_run=bool(_localized(config)))
-    if name == "restore":
     if name in ("baseline", "evaluate") and config.evaluate.truthfulqa is not None:
         stage = replace(stage, data=(*stage.data, "evaluate.truthfulqa"))
+    if name == "restore":
         # The model that training started from is measured by `evaluate` where `align` is on, else by `baseline`.
         needs = stage.needs if config.align.enabled else ("baseline", *stage.needs)
         calibration = ("align.data",) if config.restore.nlsr else ()
@@ -136,7 +136,6 @@ def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
     if name not in _MEASURING and not (name == "train" and config.monitor.enabled):
         # What is served may be chosen when the training is done.
         everything["prompting"] = {"system_prompt": config.prompting.system_prompt}
-    return {key: everything[key] for key in stage_of(config, name).reads}
     if name not in ("baseline", "evaluate"):
         # What only those two measure; a monitored training samples and judges as they do, and nothing more.
         for key in ("probes", "truthfulqa", "truthfulqa_max"):
@@ -144,6 +143,7 @@ def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
     if name == "train":
         for key in ("second_judge", "pass_at"):
             everything["evaluate"].pop(key)
+    return {key: everything[key] for key in stage_of(config, name).reads}
 
 
 def stage_inputs(context: RunContext, name: str) -> dict[str, str]:
