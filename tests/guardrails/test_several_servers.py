@@ -14,6 +14,9 @@ from ballast.guardrails.engines import replicas, server_state
 from ballast.guardrails.engines.interface import Labels
 from ballast.guardrails.engines.options import ServerOptions
 from ballast.guardrails.engines.server import ServerEngine
+from ballast.guardrails.registry import load_guardrail
+from ballast.guardrails.remote import ServerMeter, servers_of
+from ballast.guardrails.types import Exchange
 
 LABELS = Labels(safe=(3,), unsafe=(7,))
 ROWS = [[1, n] for n in range(60)]
@@ -357,3 +360,80 @@ def test_no_text_and_no_key_is_logged_of_a_server_that_is_left_out(nothing_compa
         engine(failing.url, healthy.url, api_key_env="GUARD_KEY").score([ROWS])
     assert "is left out" in caplog.text
     assert "sesame" not in caplog.text
+
+
+def labelled(risk_of_length):
+    """Answers in the labels that the guard asks for: the first is a safe one, the last an unsafe one."""
+
+    def script(request, attempt):
+        safe, *others, unsafe = request["logprob_token_ids"]
+        risk = risk_of_length(len(request["prompt"]))
+        shares = {**dict.fromkeys(others, 1e-9), safe: 1 - risk, unsafe: risk}
+        top = {f"token_id:{token}": math.log(share) for token, share in shares.items()}
+        return Reply({"choices": [{"logprobs": {"top_logprobs": [top]}}]})
+
+    return script
+
+
+# The longer the riskier, so that the self-check's harmful toy has more risk than the harmless one.
+by_length = labelled(lambda tokens: min(0.9, tokens / 400))
+
+
+def prompted(*urls, **options):
+    model = {"model": "embedded:smollm2-135m", "engine": {"type": "server", "base_url": list(urls)}}
+    return load_guardrail("prompted", **{**model, **options})
+
+
+@pytest.mark.model
+def test_the_self_check_runs_against_every_server():
+    with servers(by_length, by_length) as (one, two):
+        prompted(one.url, two.url).self_check()
+        assert [len(server.requests) for server in (one, two)] == [2, 2]
+    with (
+        servers(by_length, labelled(lambda tokens: 0.95)) as (one, other),
+        pytest.raises(GuardError, match="answers otherwise") as refused,
+    ):
+        prompted(one.url, other.url).self_check()
+    assert f"guardrail 'prompted:smollm2-135m': {other.url}" in str(refused.value)
+
+
+@pytest.mark.model
+def test_servers_are_seen_through_caches_and_other_guards(tmp_path):
+    from ballast.guardrails.families.ensemble import EnsembleGuard, EnsembleOptions
+
+    rules = load_guardrail("rules")
+    hello = Exchange(({"role": "user", "content": "Hello"},), "Hello there")
+    with servers(by_length, by_length) as both:
+        urls = [server.url for server in both]
+        engine_options = {"type": "server", "base_url": urls, "cache": str(tmp_path / "verdicts.sqlite")}
+        guard = prompted(engine=engine_options, self_check="off")
+        members = ({"type": "rules"}, {"type": "ngram"})
+        together = EnsembleGuard(EnsembleOptions.model_validate({"members": members}), [guard, rules])
+        meter = ServerMeter(together)
+        together.assess([hello], [(5, 11)])
+        figures = meter.read()
+        assert [health.address for health in servers_of(together)] == urls
+    # Two prompts, each asked of both servers, since they are the first.
+    assert figures == {
+        "guard/requests": 4.0,
+        "guard/failed_requests": 0.0,
+        "guard/hedges": 0.0,
+        "guard/servers_left_out": 0.0,
+    }
+    assert meter.read()["guard/requests"] == 0.0
+    assert ServerMeter(rules).read() == {}
+
+
+def test_a_moderation_guard_goes_on_with_the_server_that_is_left():
+    def moderate(request, attempt):
+        scores = {"violence": len(request["input"]) / 100}
+        return Reply({"results": [{"category_scores": scores}]})
+
+    texts = ["a" * n for n in range(1, 31)]
+    with serving(moderate) as healthy:
+        with serving(moderate) as fallen:
+            urls = [fallen.url, healthy.url]
+        guard = load_guardrail("moderation", base_url=urls, backoff_s=0.01)
+        traces = guard.assess([Exchange((), text) for text in texts], [(len(text),) for text in texts])
+    assert [trace.risk for trace in traces] == [(pytest.approx(len(text) / 100),) for text in texts]
+    assert states(guard) == ["left out", "in use"]

@@ -24,7 +24,9 @@ from ballast.errors import ConfigError, GuardError
 from ballast.guardrails.asking import ask
 from ballast.guardrails.calibration import Calibration, Method
 from ballast.guardrails.calibration_fit import CalibrationReport, check_labels, fit_calibration
+from ballast.guardrails.engines.server_state import ServerHealth
 from ballast.guardrails.registry import ENTRY_POINT_GROUP, OPTIONS, NestedGuardOptions, PluginOptions, load_guardrail
+from ballast.guardrails.remote import servers_of
 from ballast.guardrails.types import Exchange, Guardrail, GuardSession, Message, RiskTrace, StreamingGuardrail
 from ballast.models import file_sha256
 
@@ -127,6 +129,10 @@ class CalibratedGuard:
             replace(trace, risk=tuple(self.calibration(risk) for risk in trace.risk))
             for trace in self.guard.assess(exchanges, cuts)
         ]
+
+    def servers(self) -> tuple[ServerHealth, ...]:
+        """(S,) the servers of the guard within; none where it asks none."""
+        return servers_of(self.guard)
 
 
 class CalibratedStreamingGuard(CalibratedGuard):

@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ballast.guardrails.asking import ask
+from ballast.guardrails.remote import ServerMeter
 from ballast.guardrails.segments import SegmentOptions, cut_response, segment_of_tokens, token_char_ends
 from ballast.guardrails.types import Exchange, Guardrail, RiskTrace
 from ballast.rewards.conversation import as_messages
@@ -28,6 +29,7 @@ class ScoredBatch:
         scores: STAR, padded.
         clean_NK: cleaned STAR m (or plain STAR where cleaning is off).
         seconds: time that the guard took.
+        servers: what happened at the guard's servers meanwhile (see `ServerMeter`); empty where it asks none.
     """
 
     texts: tuple[str, ...]
@@ -36,6 +38,7 @@ class ScoredBatch:
     scores: SegmentScores
     clean_NK: torch.Tensor
     seconds: float
+    servers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def lowest_star_N(self) -> torch.Tensor:
@@ -63,6 +66,7 @@ class GuardReward:
         self, guard: Guardrail, tokenizer: Any, segments: SegmentOptions | None = None, clean: bool = True
     ) -> None:
         self.guard = guard
+        self._meter = ServerMeter(guard)
         self.tokenizer = tokenizer
         self.segments = segments or SegmentOptions()
         self.clean = clean
@@ -104,9 +108,8 @@ class GuardReward:
         traces = ask(self.guard, exchanges, all_cuts)
         scores = segment_scores(traces)
         clean_NK = clean_trace(scores.star_NK, scores.segment_mask_NK) if self.clean else scores.star_NK
-        return ScoredBatch(
-            tuple(texts), tuple(traces), tuple(segments), scores, clean_NK, time.perf_counter() - started
-        )
+        seconds = time.perf_counter() - started
+        return ScoredBatch(tuple(texts), tuple(traces), tuple(segments), scores, clean_NK, seconds, self._meter.read())
 
 
 def _withhold_texts(record: logging.LogRecord) -> bool:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ballast.errors import GuardError
 from ballast.guardrails.engines.interface import Group, Ids, Verdict, VerdictEngine
+from ballast.guardrails.engines.server_state import ServerHealth
+from ballast.guardrails.remote import servers_of
 from ballast.models import resolve_model
 
 
@@ -57,6 +59,10 @@ class CachedEngine:
             self._write(fresh)
         known.update(fresh)
         return [[known[key] for key in row] for row in keys]
+
+    def servers(self) -> tuple[ServerHealth, ...]:
+        """(S,) the servers of the engine within; none where it asks none."""
+        return servers_of(self._engine)
 
     def _key(self, ids: Ids) -> bytes:
         return hashlib.sha256(self._prefix + array("q", ids).tobytes()).digest()

@@ -124,24 +124,25 @@ class Call(Generic[T]):
                 self._alive()
                 return outcome
             failed |= outcome.by
-            # A server out of use that fails its trial takes no attempt from a request that others can answer.
-            attempts += len(outcome.by) - (lease.out and lease.spare)
+            # A server out of use that fails its trial says nothing about a request that others can answer.
+            counted = [f for server, f in outcome.by.items() if not (lease.on_trial and server is lease.server)]
+            attempts += len(counted)
             elsewhere = self._pool.has_other(self._servers, failed)
-            if not self._may_try_again(outcome, attempts, elsewhere):
-                return self._give_up(outcome, failed, attempts)
+            if not self._may_try_again(counted, attempts, elsewhere):
+                return self._give_up(counted, failed, attempts)
             if not elsewhere:
                 backoff = min(self._options.backoff_s * 2**waits, self._options.timeout_s)
                 waits += 1
                 await asyncio.sleep(max(0.0, min(backoff * self._random.uniform(0.5, 1.0), self._left())))
 
-    def _may_try_again(self, outcome: _Failed, attempts: int, elsewhere: bool) -> bool:
-        kinds = {failure.retry for failure in outcome.by.values()}
+    def _may_try_again(self, failures: Sequence[Failure], attempts: int, elsewhere: bool) -> bool:
+        kinds = {failure.retry for failure in failures}
         if Retry.NO_ONE in kinds or attempts > self._options.retries:
             return False
         return elsewhere or (Retry.ELSEWHERE not in kinds and self._failed_in_a_row < _ROWS_IN_A_ROW)
 
-    def _give_up(self, outcome: _Failed, failed: Mapping[Server, Failure], attempts: int) -> Unanswered:
-        wrong = any(failure.retry is not Retry.ANYONE for failure in outcome.by.values())
+    def _give_up(self, last: Sequence[Failure], failed: Mapping[Server, Failure], attempts: int) -> Unanswered:
+        wrong = any(failure.retry is not Retry.ANYONE for failure in last)
         if wrong:  # a server that answers is not down, whatever it answers
             self._alive()
         else:

@@ -38,12 +38,12 @@ class Lease:
     Attributes:
         server: where.
         out: whether the server was left out at that time, so that it must prove itself first.
-        spare: whether other servers were in use: then a failure here says nothing about the request.
+        on_trial: whether it was, while others were in use.
     """
 
     server: Server
     out: bool
-    spare: bool
+    on_trial: bool
 
 
 @dataclass(eq=False)
@@ -178,7 +178,7 @@ class ServerPool:
         chosen.last_turn = self._turn
         chosen.under_way += 1
         chosen.trying |= chosen.out
-        return Lease(chosen, chosen.out, spare=bool(in_use))
+        return Lease(chosen, chosen.out, on_trial=chosen.out and bool(in_use))
 
     def has_other(self, servers: Sequence[Server], tried: Collection[Server]) -> bool:
         """Whether a request that failed at `tried` can go elsewhere at once."""

@@ -16,7 +16,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ballast.errors import GuardError
+from ballast.guardrails.engines.server_state import ServerHealth
 from ballast.guardrails.registry import NestedGuardOptions, load_guardrail
+from ballast.guardrails.remote import servers_of
 from ballast.guardrails.types import Exchange, Guardrail, RiskTrace
 
 
@@ -86,6 +88,10 @@ class EnsembleGuard:
             self._combine(tuple(row_cuts), [traces[number] for traces in answers])
             for number, row_cuts in enumerate(cuts)
         ]
+
+    def servers(self) -> tuple[ServerHealth, ...]:
+        """(S,) the servers of all members, in their order."""
+        return tuple(server for member in self.members for server in servers_of(member))
 
     def _check(self, member: Guardrail, traces: Sequence[RiskTrace], cuts: Sequence[Sequence[int]]) -> None:
         if [trace.cuts for trace in traces] != [tuple(row_cuts) for row_cuts in cuts]:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ballast.errors import GuardError, ModelError
 from ballast.guardrails.engines.options import AutoEngine, EngineOptions
+from ballast.guardrails.engines.server_state import ServerHealth
 from ballast.guardrails.families.frame import Renderer, UnrenderableError
+from ballast.guardrails.remote import servers_of
 from ballast.guardrails.types import Exchange, RiskTrace
 from ballast.models import resolve_model
 
@@ -130,6 +132,10 @@ class VerdictGuard:
         with self._lock:
             self._loaded = self._loaded or self._load()
             self._check(*self._loaded)
+
+    def servers(self) -> tuple[ServerHealth, ...]:
+        """(S,) what is known of the engine's servers; none before the first use, or for an engine that asks none."""
+        return servers_of(self._loaded[1]) if self._loaded else ()
 
     def _load(self) -> "tuple[Renderer, VerdictEngine]":
         from transformers import AutoTokenizer
