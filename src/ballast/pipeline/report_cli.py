@@ -34,12 +34,15 @@ def compare(
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder '{out.parent}'; make it, or choose another place")
 
-    from ballast.pipeline.reporting.compare import compare_runs, named
+    from rich.console import Console
+
+    from ballast.pipeline.evaluation.tables import render_tables
+    from ballast.pipeline.reporting.compare import comparison_page, named, results
     from ballast.pipeline.reporting.run_record import read_run
     from ballast.pipeline.run_folder import write_text
 
     compared = named([read_run(run.expanduser()) for run in runs])
-    text, page = compare_runs(compared)
-    write_text(out, page)
-    print(text)
-    print(f"\nwritten: {out}")
+    write_text(out, comparison_page(compared))
+    console = Console()
+    console.print(render_tables(results(compared), console.width), highlight=False)
+    print(f"written: {out}")

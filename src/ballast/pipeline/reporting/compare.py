@@ -1,4 +1,4 @@
-"""Several runs beside each other: tables as text for the terminal, and one page."""
+"""Several runs beside each other, on one page."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ballast.errors import DataError
+from ballast.pipeline.evaluation.metrics import EvaluationSummary
 from ballast.pipeline.evaluation.tables import table_cells
 from ballast.pipeline.reporting.chart import Curves, Intervals, Series, thinned
 from ballast.pipeline.reporting.drawing import draw
@@ -36,26 +37,22 @@ def named(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
     for path in paths:
         if paths.count(path) > 1:
             raise DataError(f"run '{path}' is named twice; name each run once")
-    for parts in itertools.count(1):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            return dict(zip(names, runs, strict=True))
-    raise AssertionError("different paths differ somewhere")
+    ends = (["/".join(path.parts[-parts:]) for path in paths] for parts in itertools.count(1))
+    return dict(zip(next(names for names in ends if len(set(names)) == len(names)), runs, strict=True))
 
 
-def compare_runs(runs: Runs) -> tuple[str, str]:
-    """The comparison as text, and as a page.
+def comparison_page(runs: Runs) -> str:
+    """The page.
 
     Args:
         runs: by name.
     """
-    outcome, changes = outcome_table(runs), changes_table(runs)
-    page = render(
+    return render(
         "compare.html.j2",
         styles=("style.css",),
         names=list(runs),
-        outcome=outcome,
-        changes=changes,
+        outcome=table_cells(results(runs)),
+        changes=changes_table(runs),
         pictures=[draw(chart) for chart in charts(runs)],
         facts=facts_table(runs),
         safeguards=safeguards_table(runs),
@@ -63,12 +60,11 @@ def compare_runs(runs: Runs) -> tuple[str, str]:
         differences=differences_table(runs),
         same_suite=len({json.dumps(list(run.config.data.test)) for run in runs.values()}) == 1,
     )
-    return "\n\n".join(_text(table) for table in (changes, outcome)), page
 
 
-def outcome_table(runs: Runs) -> Table:
-    """The last model of each run, the trained one or its repair."""
-    return table_cells([(name, run.rows[-1][1]) for name, run in runs.items()])
+def results(runs: Runs) -> list[tuple[str, EvaluationSummary]]:
+    """The figures of each run's last model, the trained one or its repair, as tables take them."""
+    return [(name, run.rows[-1][1]) for name, run in runs.items()]
 
 
 def changes_table(runs: Runs) -> Table:
@@ -87,7 +83,7 @@ def changes_table(runs: Runs) -> Table:
 
 def charts(runs: Runs) -> list[Curves | Intervals]:
     """Figures of all runs in one picture each."""
-    last = [run.rows[-1][1] for run in runs.values()]
+    last = [summary for _, summary in results(runs)]
     panels = {title: tuple(getattr(summary, name) for summary in last) for title, name in PANELS.items()}
     found: list[Curves | Intervals] = [Intervals("outcome", "The runs' results, with intervals", tuple(runs), panels)]
     monitored = {
@@ -155,16 +151,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             pairs.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False)))
     return pairs
-
-
-def _text(table: Table) -> str:
-    """A table for a terminal or a log: columns by two spaces, the first to the left."""
-    headings, rows = table
-    widths = [max(len(row[at]) for row in [headings, *rows]) for at in range(len(headings))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in [headings, *rows]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
