@@ -120,6 +120,8 @@ def _sources(config: "RunConfig", stage: Stage) -> Iterator[tuple[str, str]]:
         keys["training"] = "sft.data" if sft else "data.train"
         keys |= {key.partition(".")[0]: key for key in safe_update_data(config)}
     keys["measuring"] = "data.test"
+    if config.evaluate.truthfulqa is not None:
+        keys["measuring, TruthfulQA"] = "evaluate.truthfulqa"
     for what, key in keys.items():
         section, _, name = key.partition(".")
         yield from ((what, source) for source in getattr(getattr(config, section), name))
@@ -150,6 +152,8 @@ def _guards(config: "RunConfig", stage: Stage) -> Iterator[tuple[str, "BaseModel
         if config.monitor.enabled:
             yield "monitors", config.monitor.judge or config.judge
     yield "judges", config.judge
+    if config.evaluate.second_judge is not None:
+        yield "judges as well", config.evaluate.second_judge.guard
 
 
 def _guard(role: str, options: "BaseModel") -> tuple[str, str, str, str]:
