@@ -13,7 +13,7 @@ from typing import Literal
 
 FAILURES_IN_A_ROW = 3
 SHORTEST_OUTAGE_S = 1.0
-LONGEST_OUTAGE_S = 30.0
+LONGEST_OUTAGE_S = 10.0
 _RECENT = 128  # answers whose times are kept
 
 
