@@ -118,11 +118,13 @@ class RunContext:
 
     @cached_property
     def engine(self) -> VLLMEngine:
-        """The vLLM engine; only where `generation.type` is vllm."""
+        """The vLLM engine; only where `generation.type` is vllm. Processes that train together ask for theirs together."""
         options = self.config.generation
         assert not isinstance(options, TransformersGeneration)
         with self.console.status("starting vLLM"):
-            return VLLMEngine(self.start_model, options, self.config.model.dtype, self.config.seed)
+            # Engines of one seed would give equal samples to equal prompts, and a group may be spread over processes.
+            seed = self.config.seed + ranks.rank()
+            return VLLMEngine(self.start_model, options, self.config.model.dtype, seed, launched=ranks.world() > 1)
 
     def encode_prompts(
         self, rows: Sequence[Row | SuitePrompt], sampling: SamplingConfig, serving: bool = False

@@ -124,6 +124,7 @@ def check_launch(config: RunConfig, stages: Sequence[str], launch: Launch) -> No
     if launch.processes == 1 or not trained:
         return
     _check_batches(config, trained, launch.processes)
+    _check_guards(config, trained)
     if launch.kind == "ddp":
         return
     for what, reason in (*_of_all(trained, launch.kind), *_of_config(config, trained)):
@@ -131,6 +132,31 @@ def check_launch(config: RunConfig, stages: Sequence[str], launch: Launch) -> No
             f"{what} with a launch by {launch.kind}: {reason}. Launch it by ddp (--launch ddp), under which every safeguard works"
         )
     _check_machine(launch.kind)
+
+
+def _check_guards(config: RunConfig, trained: Sequence[str]) -> None:
+    """vLLM engines of several processes start together or wait for each other for ever; a guard's starts when it is first asked."""
+    if "train" not in trained:
+        return
+    guards = {"guard": config.guard}
+    if config.monitor.enabled:
+        guards["judge" if config.monitor.judge is None else "monitor.judge"] = config.monitor.judge or config.judge
+    for key, options in guards.items():
+        if _inside_vllm(options.model_dump(mode="json")):
+            raise ConfigError(
+                f"{key}.engine.type = vllm in several processes: each would start a vLLM of its own beside its training, and all would wait "
+                f"for each other; serve the guard by one vLLM server and set {key}.engine to server (docs/guard-engines.md), or take one_pass"
+            )
+
+
+def _inside_vllm(options: Any) -> bool:
+    """Whether a guard, or one that it is made of, runs on vLLM inside the process."""
+    if isinstance(options, list):
+        return any(_inside_vllm(part) for part in options)
+    if not isinstance(options, dict):
+        return False
+    engine = options.get("engine")
+    return (isinstance(engine, dict) and engine.get("type") == "vllm") or any(map(_inside_vllm, options.values()))
 
 
 def _of_all(trained: Sequence[str], kind: Kind) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ballast.errors import BallastError
 
+_TRAINING_PATIENCE = timedelta(minutes=30)  # of the training's own group, as transformers has it
 _PATIENCE = timedelta(days=2)  # a launcher ends all when one process is gone, so this is no time that anybody waits
 _control: tuple[Any, Any] | None = None  # the group of all, and the one for control beside it
 
@@ -39,8 +40,9 @@ def join() -> None:
     import torch
     from accelerate import PartialState
 
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     # Also makes this process's GPU the current one, so that "cuda" means it everywhere.
-    PartialState(cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
+    PartialState(cpu=cpu, timeout=_TRAINING_PATIENCE)
     barrier()
 
 

@@ -37,22 +37,33 @@ class VLLMEngine:
         options: the `generation` part of a run's configuration.
         dtype: precision of the weights, `bfloat16` or `float32`.
         seed: seed of the engine's own sampling; requests may carry seeds of their own.
+        launched: a launcher started several processes that train together, and each starts such an engine now, on its own
+            device.
 
     Raises:
         EngineError: vLLM is not installed or did not start; the message carries its own last words.
     """
 
-    def __init__(self, model: str, options: "VLLMGeneration", dtype: str = "bfloat16", seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: str,
+        options: "VLLMGeneration",
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        launched: bool = False,
+    ) -> None:
         self.model = model
         self.options = options
         self.weights_version = 0
         started = time.perf_counter()
-        self.llm = self._start(model, options, dtype, seed)
+        # vLLM would otherwise put every process's engine on the first device.
+        together = {"distributed_executor_backend": "external_launcher"} if launched else {}
+        self.llm = self._start(model, options, dtype, seed, **together)
         self.start_seconds = time.perf_counter() - started
         logger.info("vLLM started in %.0f s (%s)", self.start_seconds, "eager" if options.enforce_eager else "compiled")
 
     @staticmethod
-    def _start(model: str, options: "VLLMGeneration", dtype: str, seed: int) -> Any:
+    def _start(model: str, options: "VLLMGeneration", dtype: str, seed: int, **together: str) -> Any:
         return start_vllm(
             model=model,
             cpu_kv_cache_gib=options.cpu_kv_cache_gib,
@@ -68,6 +79,7 @@ class VLLMEngine:
             # Log-probs after temperature, which is what the trainer's importance ratio compares with.
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
+            **together,
         )
 
     def generate(

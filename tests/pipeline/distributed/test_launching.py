@@ -81,6 +81,16 @@ def test_a_step_that_the_processes_cannot_share_evenly_is_refused():
         check_launch(config, ["align"], Launch("ddp", config.align.batch_size + 1))
 
 
+def test_a_guard_on_vllm_inside_the_processes_is_refused_by_its_key():
+    vllm = "{type: llama_guard, model: some/model, engine: {type: vllm}}"
+    with pytest.raises(ConfigError, match=r"guard\.engine\.type = vllm .*server"):
+        check_launch(load_config("grpo", [f"guard={vllm}"]), ["train"], Launch("ddp", 2))
+    measured = load_config("grpo", [f"judge={vllm}"])
+    check_launch(measured, ["train"], Launch("ddp", 2))  # it is not asked in training
+    with pytest.raises(ConfigError, match=r"judge\.engine\.type = vllm"):
+        check_launch(load_config("grpo", [f"judge={vllm}", "monitor.enabled=true"]), ["train"], Launch("ddp", 2))
+
+
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "zero3"])
 def test_sharded_parameters_are_refused_with_the_reason(kind):
     with pytest.raises(ConfigError, match=f"stage 'train' with a launch by {kind}: it shards the parameters"):

@@ -308,14 +308,14 @@ def test_without_a_whole_good_checkpoint_a_trip_ends_in_an_error(trainer, tmp_pa
     monitor = monitor_of(tmp_path, BASE, FALLEN)
     run = trainer(steps=2)
     monitor.watch(run)
-    for_real = monitor.store.save
+    for_real = monitor.store.try_save
 
     def damaged(*args):
         checkpoint = for_real(*args)
         (checkpoint.path / "optimizer.pt").write_bytes(b"")
         return checkpoint
 
-    monitor.store.save = damaged
+    monitor.store.try_save = damaged
     with pytest.raises(BallastError, match="no whole checkpoint of a good point"):
         run.train()
 

@@ -22,7 +22,7 @@ from ballast.pipeline.monitoring.evaluation import baseline_of, evaluate, figure
 from ballast.pipeline.monitoring.good_points import GoodPoints
 from ballast.pipeline.monitoring.history import write_history
 from ballast.pipeline.monitoring.learning_rate import LoweredRate
-from ballast.pipeline.monitoring.options import Action, check_judge, check_options
+from ballast.pipeline.monitoring.options import Action, check_judge, check_options, check_whole
 from ballast.pipeline.monitoring.review import write_flipped
 from ballast.pipeline.monitoring.trip import Decision, Sample, TripRule, planned_evaluations
 
@@ -75,7 +75,7 @@ class SafetyMonitor(TrainerCallback):
 
     Raises:
         ConfigError: a judge that rewards too, an option out of range, no harmful prompt; when training begins, an action that
-            needs `watch`, or a resumed training that was not monitored.
+            needs `watch`, a sharded model or optimizer, or a resumed training that was not monitored.
         GuardError: in training, the judge left too much unscored.
         DataError: when training begins, no answer to a harmful prompt was scored.
         CheckpointError: in training, the good points of three steps in a row could not be written.
@@ -177,6 +177,7 @@ class SafetyMonitor(TrainerCallback):
                 f"SafetyMonitor(action='{self.action}') turns back to checkpoints of the trainer, which a callback is not given; join it by "
                 "monitor.watch(trainer) instead of callbacks=[monitor], or take action='reduce_lr'"
             )
+        check_whole()
         self.rule = replace(self.rule, evaluations=planned_evaluations(state.max_steps, self.every_n_steps))
         if self.measure is None:
             self.measure = suite_measure(

@@ -24,6 +24,23 @@ def check_judge(judge: Guardrail, reward_guard: Guardrail | None, allowed: bool)
         )
 
 
+def check_whole() -> None:
+    """Each process that trains holds the whole model and the whole state of its optimizer.
+
+    Raises:
+        ConfigError: the training that begins divides them among its processes.
+    """
+    from accelerate import DistributedType
+    from accelerate.state import AcceleratorState
+
+    kind = AcceleratorState().distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"SafetyMonitor in a training by {kind.value}: every process lets the model answer its share of the suite, and a good point is "
+            "written by one process, so each must hold the whole of model and optimizer; train by DDP"
+        )
+
+
 def check_options(
     action: str, every_n_steps: int, lr_factor: float, cooldown: int, max_trips: int, samples: int
 ) -> None:

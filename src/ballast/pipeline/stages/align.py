@@ -35,6 +35,8 @@ def run_stage(context: RunContext, folder: Path) -> None:
     check_one_device()
     config, settings = context.config, context.config.align
     rows = alignment_rows(context)
+    if settings.rehearse:
+        context.generator(context.start_model)  # by all processes, whose engines start together
     own = ranks.on_main(lambda: rehearsed_answers(context, rows)) if settings.rehearse else {}
     examples = [
         encode_answer(context.prompt_format, row, settings.max_length, own.get(row.id), settings.opening_tokens)

@@ -19,6 +19,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from ballast.errors import ConfigError, GuardError
+from ballast.guardrails.remote import over_processes
 from ballast.pipeline import ranks
 from ballast.pipeline.config_shaping import ShapingConfig
 from ballast.pipeline.prompting import PromptFormat
@@ -287,9 +288,10 @@ class ShapedGRPOTrainer(GRPOTrainer):
         )
 
     def _guard_figures(self, scored: ScoredBatch, token_NT: torch.Tensor) -> dict[str, float]:
-        """The policy's tokens that the guards of all processes read, and how long the slowest of them took."""
+        """The policy's tokens that the guards of all processes read, how long the slowest took, what their servers did."""
         tokens = ranks.summed([float((token_NT >= 0).sum())])[0]
-        return {"guard/seconds": max(ranks.collected([scored.seconds])), "guard/tokens": tokens}
+        seconds, servers = zip(*ranks.collected([(scored.seconds, dict(scored.servers))]), strict=True)
+        return {"guard/seconds": max(seconds), "guard/tokens": tokens, **over_processes(servers)}
 
     def _log_means(self, sums: Sums) -> None:
         self._log({**dict.fromkeys(sums, NAN), **means_over_processes(sums)})
