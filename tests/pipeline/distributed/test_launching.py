@@ -7,9 +7,11 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from ballast.errors import ConfigError
 from ballast.pipeline import launch_run, launching
+from ballast.pipeline.cli import app
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.launching import (
     Launch,
@@ -168,6 +170,29 @@ def test_stages_that_train_are_launched_and_the_others_are_not():
         at = command.index("ballast.pipeline.cli")
         assert command[at : at + 4] == ["ballast.pipeline.cli", "run", "grpo", "seed=1"]
         assert {"--resume", "--no-live"} <= set(command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "2"], "name one by --launch"),
+        (["--launch", "fsdp2"], "it shards the parameters"),
+        (["--launch", "nowhere.yaml"], "no launch file can be read there"),
+        (["--launch", "ddp", "--processes", "7"], "among 7 processes"),
+    ],
+)
+def test_the_command_refuses_a_launch_before_anything_runs(tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["run", "grpo", f'out="{tmp_path}"', *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_launch_shows_its_configuration_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch_run, "run_commands", lambda todo: pytest.fail("something was run"))
+    result = CliRunner().invoke(app, ["run", "grpo", f'out="{tmp_path}"', "--launch", "ddp", "--dry-run"])
+    assert result.exit_code == 0
+    assert "prompts_per_step" in result.stdout
 
 
 def test_nothing_is_run_after_a_stage_that_failed(tmp_path):
