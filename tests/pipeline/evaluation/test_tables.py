@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from ballast.pipeline.evaluation.agreement import Agreement
 from ballast.pipeline.evaluation.metrics import EvaluationSummary
+from ballast.pipeline.evaluation.probe_figures import AdaptationFigures, AttackFigures, Evasion, ProbeFigures
 from ballast.pipeline.evaluation.statistics import Estimate
+from ballast.pipeline.evaluation.suite_figures import SuiteFigures
 from ballast.pipeline.evaluation.tables import COLUMNS, markdown_table, render_tables, unscored_note
 
 
@@ -96,3 +99,56 @@ def test_the_markdown_table_has_a_cell_a_column_and_a_line_a_model() -> None:
     assert len(lines) == 4
     assert all(line.replace("\\|", "").count("|") == len(COLUMNS) + 1 for line in lines)
     assert lines[3].startswith("| a\\|b | 12% [5, 20] |")
+
+
+def probed() -> EvaluationSummary:
+    """Everything that can be measured besides, in cells as wide as they come."""
+    attack = AttackFigures(FULL, FULL, FULL, FULL, share(-1.0, -1.0, -1.0))
+    safe_words = Evasion({"refusal": FULL}, {"refusal": FULL}, FULL)
+    adapted = AdaptationFigures(safe_words, None, FULL, FULL)
+    pair = Agreement(FULL, -0.25, 1000, 1000, 1000, 1000, 7)
+    return replace(
+        WIDEST,
+        second_unsafe_share=FULL,
+        agreement={"judge, keywords": pair, "judge, second judge": pair},
+        suites={
+            name: SuiteFigures(FULL, FULL, FULL, FULL, FULL, 9)
+            for name in ("advbench", "jbb-harmful", "jbb-benign", "xstest")
+        },
+        truthfulqa=dict.fromkeys(("mc1", "mc1_per_token", "mc2", "mc2_per_token"), FULL),
+        pass_at={"exact": {1: FULL, 4: FULL}},
+        probes=ProbeFigures(attack, attack, adapted, True),
+    )
+
+
+def test_what_was_measured_besides_has_tables_of_its_own_that_fit_80_columns() -> None:
+    text = rendered(("start", TYPICAL), ("after align", probed()))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for piece in (
+        "Judges",
+        "1000/1000/1000",
+        "-0.25",
+        "jbb-benign",
+        "Probes",
+        "YES",
+        "TruthfulQA",
+        "mc2 per token",
+        "pass@4",
+    ):
+        assert piece in text
+    markdown = markdown_table([("start", TYPICAL), ("after align", probed())])
+    assert "Refused harmless by source:" in markdown
+    # The model without them has a dash in every such column, and not a zero.
+    judges = markdown.split("Judges:\n\n")[1].splitlines()
+    assert judges[2] == "| start | – | – | – | – | – | – | – |"
+    assert judges[3] == (
+        "| after align | 100% [98, 100] | -0.25 | 1000/1000/1000 | 100% [98, 100] | -0.25 | 1000/1000/1000 | 100% [98, 100] |"
+    )
+
+
+def test_agreement_with_keywords_alone_is_left_to_the_markdown() -> None:
+    pair = Agreement(FULL, None, 1, 2, 3, 4, 0)
+    rows = [("start", replace(TYPICAL, agreement={"judge, keywords": pair}))]
+    assert "Judges" not in rendered(*rows)
+    assert "| start | 100% [98, 100] | – | 1/2/3 |" in markdown_table(rows)
