@@ -15,7 +15,7 @@ from ballast.guardrails.engines.interface import Labels
 from ballast.guardrails.engines.options import ServerOptions
 from ballast.guardrails.engines.server import ServerEngine
 from ballast.guardrails.registry import load_guardrail
-from ballast.guardrails.remote import ServerMeter, servers_of
+from ballast.guardrails.remote import ServerMeter, over_processes, servers_of
 from ballast.guardrails.types import Exchange
 
 LABELS = Labels(safe=(3,), unsafe=(7,))
@@ -422,6 +422,19 @@ def test_servers_are_seen_through_caches_and_other_guards(tmp_path):
     }
     assert meter.read()["guard/requests"] == 0.0
     assert ServerMeter(rules).read() == {}
+
+
+def test_figures_of_several_processes_are_summed_but_for_the_servers_that_are_left_out():
+    one = {"guard/requests": 40.0, "guard/failed_requests": 1.0, "guard/hedges": 2.0, "guard/servers_left_out": 1.0}
+    other = {"guard/requests": 30.0, "guard/failed_requests": 0.0, "guard/hedges": 1.0, "guard/servers_left_out": 0.0}
+    # Both ask the same servers, so that one left out by both would not be two.
+    assert over_processes([one, other]) == {
+        "guard/requests": 70.0,
+        "guard/failed_requests": 1.0,
+        "guard/hedges": 3.0,
+        "guard/servers_left_out": 1.0,
+    }
+    assert over_processes([{}, {}]) == {}
 
 
 def test_a_moderation_guard_goes_on_with_the_server_that_is_left():

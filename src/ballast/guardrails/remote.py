@@ -1,5 +1,6 @@
 """Guards that ask servers: how those servers do, and what a step of the training cost them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from ballast.guardrails.engines.server_state import ServerHealth
@@ -17,6 +18,9 @@ class Remote(Protocol):
 def servers_of(guard: object) -> tuple[ServerHealth, ...]:
     """(S,) the servers that a guard or an engine asks; none for one that asks none."""
     return guard.servers() if isinstance(guard, Remote) else ()
+
+
+_LEFT_OUT = "guard/servers_left_out"
 
 
 class ServerMeter:
@@ -42,7 +46,16 @@ class ServerMeter:
             return {}
         before, self._before = self._before, _counts(servers)
         figures = {f"guard/{name}": float(count - before[name]) for name, count in self._before.items()}
-        return {**figures, "guard/servers_left_out": float(sum(server.state == "left out" for server in servers))}
+        return {**figures, _LEFT_OUT: float(sum(server.state == "left out" for server in servers))}
+
+
+def over_processes(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of `ServerMeter.read` of several processes that ask the same servers: sums, and the most left out."""
+    names = dict.fromkeys(name for of_one in figures for name in of_one)
+    return {
+        name: (max if name == _LEFT_OUT else sum)([of_one[name] for of_one in figures if name in of_one])
+        for name in names
+    }
 
 
 def _counts(servers: tuple[ServerHealth, ...]) -> dict[str, int]:
