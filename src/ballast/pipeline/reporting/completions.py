@@ -87,7 +87,7 @@ def select_completions(run: RunRecord, most: int, tokenizer: Any = None, most_by
     Raises:
         ModelError: the tokenizer is not the one that the completions are from.
     """
-    measured = {label: _Table([path.with_suffix(".parquet")]) for label, path in run.models.items()}
+    measured = {label: _Table([path]) for label, path in run.models.items()}
     trained = _Table(_training_tables(run))
     threshold = run.config.evaluate.threshold
     # The training's completions are twice the share of a model's, and what those have not.

@@ -44,7 +44,7 @@ def render(template: str, styles: Iterable[str], script: str | None = None, **pa
     return environment.get_template(template).render(
         styles=[Markup(_text(style)) for style in styles],
         script=None if code is None else Markup(code),
-        script_hash=None if code is None else f"'sha256-{_sha256(code)}'",
+        script_hash=None if code is None else _sha256(code),
         **parts,
     )
 

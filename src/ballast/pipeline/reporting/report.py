@@ -53,7 +53,7 @@ def write_report(run: RunRecord, folder: Path, lines: Sequence[str]) -> None:
     page = render(
         "report.html.j2",
         styles=("style.css", "completions.css"),
-        script="completions.js",
+        script="completions.js" if selection.rows else None,
         run=run,
         outcome={"headings": headings, "rows": rows, "picture": outcome},
         note=unscored_note(run.rows),

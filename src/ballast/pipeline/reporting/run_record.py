@@ -39,8 +39,7 @@ class RunRecord:
     Attributes:
         folder: its folder.
         config: its configuration.
-        models: by label, such as start and after GRPO, where the tables of each measured model lie: a path without its
-            suffix, with `.json` and `.parquet` there.
+        models: by label, such as start and after GRPO, the parquet table of each measured model.
         summaries: their figures, in the same order; the first one is before, the last one after.
         trained_from: label of the model that training started from.
         training: the log of the stage `train`.
@@ -105,21 +104,21 @@ def read_run(path: Path, config: RunConfig | None = None) -> RunRecord:
 
 
 def measured_models(folder: RunFolder, config: RunConfig) -> dict[str, Path]:
-    """Where the tables of each measured model lie, without their suffix; a repair that was kept is the last one.
+    """The table of each measured model, with its figures as `.json` beside it; a repair that was kept is the last one.
 
     Raises:
         DataError: `baseline` or `evaluate` is not done.
     """
     evaluated = folder.stage("evaluate")
-    models = {"start": folder.stage("baseline") / "start"}
+    models = {"start": folder.stage("baseline") / "start.parquet"}
     if config.align.enabled:
-        models["after align"] = evaluated / "aligned"
-    models[f"after {config.train.method.upper()}"] = evaluated / "final"
+        models["after align"] = evaluated / "aligned.parquet"
+    models[f"after {config.train.method.upper()}"] = evaluated / "final.parquet"
     if folder.has("restore") and folder.record("restore")["inputs"].get("train") == folder.digest("train"):
         repaired = folder.stage("restore")
         best = json.loads((repaired / "choice.json").read_text(encoding="utf-8"))["best"]
         if best is not None:
-            models[f"repaired by {best}"] = repaired / best
+            models[f"repaired by {best}"] = repaired / f"{best}.parquet"
     return models
 
 

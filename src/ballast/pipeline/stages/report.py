@@ -45,7 +45,7 @@ def run_stage(context: RunContext, folder: Path) -> None:
 
 def _comparisons(run: RunRecord) -> dict[str, Comparison]:
     """Each model with the one before it, and the last with the first."""
-    verdicts = {label: read_verdicts(path.with_suffix(".parquet")) for label, path in run.models.items()}
+    verdicts = {label: read_verdicts(path) for label, path in run.models.items()}
     labels = list(verdicts)
     pairs = list(itertools.pairwise(labels)) + ([(labels[0], labels[-1])] if len(labels) > 2 else [])
     return {
