@@ -72,9 +72,7 @@ def markdown_table(rows: Rows) -> str:
     answers; ends without a line end.
     """
     parts = [_markdown(*table_cells(rows))]
-    for title, columns in further_columns(rows).items():
-        cells = [[label, *(cell(summary) for cell in columns.values())] for label, summary in rows]
-        parts.append(f"{title}:\n\n{_markdown(['model', *(name.replace(_BREAK, ' ') for name in columns)], cells)}")
+    parts += [f"{title}:\n\n{_markdown(*table)}" for title, table in further_cells(rows).items()]
     if note := unscored_note(rows):
         parts.append(note)
     return "\n\n".join(parts)
@@ -97,6 +95,17 @@ def table_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     columns = (*_SAFETY.values(), *_QUALITY.values(), *tasks.values())
     cells = [[label, *(cell(summary) for cell in columns)] for label, summary in rows]
     return [*COLUMNS, *(f"task: {name}" for name in tasks)], cells
+
+
+def further_cells(rows: Rows) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """By title, what else was measured: as `table_cells`."""
+    return {
+        title: (
+            ["model", *(name.replace(_BREAK, " ") for name in columns)],
+            [[label, *(cell(summary) for cell in columns.values())] for label, summary in rows],
+        )
+        for title, columns in further_columns(rows).items()
+    }
 
 
 def unscored_note(rows: Rows) -> str:

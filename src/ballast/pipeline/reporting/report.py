@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.pipeline.config_loading import dump_config
-from ballast.pipeline.evaluation.tables import markdown_table, table_cells, unscored_note
+from ballast.pipeline.evaluation.tables import further_cells, markdown_table, table_cells, unscored_note
 from ballast.pipeline.reporting.calibration import ShownCalibration, calibration_chart, calibrations
 from ballast.pipeline.reporting.chart import Intervals
 from ballast.pipeline.reporting.completions import select_completions, tokenizer_of
@@ -56,6 +56,7 @@ def write_report(run: RunRecord, folder: Path, lines: Sequence[str]) -> None:
         script="completions.js" if selection.rows else None,
         run=run,
         outcome={"headings": headings, "rows": rows, "picture": outcome},
+        further=further_cells(run.rows),
         note=unscored_note(run.rows),
         lines=lines,
         facts=facts(run.config),
