@@ -165,12 +165,10 @@ def job(folder: Path, name: str) -> None:
     # Each process has an alignment batch of its own: of the 4 rows all 4, or 2 in each.
     overrides = [f"safegrad.batch_size={4 if alone else 2}"]
     if kind in ("fresh", "stale"):
-        overrides += [
-            "probing.enabled=true",
-            f"probing.probe={kind}",
-            "probing.max_length=128",
-            "safegrad.enabled=false",
-        ]
+        # A harmful step so long that the difference which it makes is not lost in rounding.
+        overrides += ["probing.enabled=true", f"probing.probe={kind}", "probing.step=0.03", "probing.max_length=128"]
+        # A fresh probe is of its micro-batch, and TRL shuffles the rows of a process: with one row in each, they are the same ones.
+        overrides += ["safegrad.enabled=false", "train.micro_batch_size=1"]
     if kind != "whole":
         overrides += ["monitor.enabled=false"]
     if kind == "resumed":

@@ -9,12 +9,12 @@ A step, with W the trained weights, L_safe the contrastive loss of the safety pa
     V  = beta * grad_V [L(W + dW, V) - L(W, V)] at V = 0  where the harmful step helps the task less
     W  is then moved by the gradient of L(W, V)
 
-Processes that train together share the pairs of a step out and have one direction; `fresh` probes are of each one's own rows,
-the `stale` one is of all rows. So the gradient is that of one process with as many more micro-batches.
-
 `fresh` computes V for the very micro-batch. `stale` uses the V of the step before and so saves a pass; its gradients are
 taken at that V, which is what the published code does. One vector a layer, the same at every token: the bias of the MLP in
-the published code. Overridden: `training_step`, `compute_loss`; nothing is copied.
+the published code.
+
+Processes that train together share the pairs of a step out and have one direction, and their stale V is of all rows: the
+gradient is that of one process with as many more micro-batches. Overridden: `training_step`, `compute_loss`; nothing is copied.
 """
 
 import copy
