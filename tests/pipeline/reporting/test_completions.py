@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from ballast.errors import ModelError
-from ballast.pipeline.reporting.completions import as_json, select_completions
+from ballast.guardrails.segments import token_char_ends
+from ballast.pipeline.reporting.completions import as_json, select_completions, tokenizer_of
 from ballast.pipeline.reporting.run_record import read_run
 
 
@@ -125,3 +126,14 @@ def test_long_completions_are_fewer_so_that_the_file_stays_small(run):
     assert 30 < len(selection.rows) < 324
     assert len(as_json(selection.rows).encode()) < 21_000
     assert {row.source for row in selection.rows} == {"start", "after align", "after GRPO", "training"}
+
+
+@pytest.mark.model
+def test_the_saved_tokenizer_lays_tokens_over_text_as_the_policys_own_does(run, tokenizer):
+    text = "Naïve 🙂 text, 日本語 and <code>!"
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    (run / "train" / "model").mkdir(exist_ok=True)
+    tokenizer.save_pretrained(run / "train" / "model")
+    saved = tokenizer_of(read_run(run))
+    assert token_char_ends(saved, ids) == token_char_ends(tokenizer, ids)
+    assert token_char_ends(saved, ids)[0] == text

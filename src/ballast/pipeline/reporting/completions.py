@@ -245,11 +245,25 @@ def _short(risk: float | None) -> float | None:
     return None if risk is None else round(risk, _DIGITS)
 
 
+class _SavedTokenizer:
+    """What laying tokens over text asks of a tokenizer, from its file alone: transformers takes longer to import than
+    a whole report takes to write.
+    """
+
+    def __init__(self, file: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self.added_tokens_decoder = self._tokenizer.get_added_tokens_decoder()
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, **_: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
+        return [self._tokenizer.id_to_token(token) for token in ids]
+
+
 def tokenizer_of(run: RunRecord) -> Any:
     """The tokenizer beside the trained weights; None where the folder has none."""
-    folder: Path = run.folder.path / "train" / "model"
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    file = run.folder.path / "train" / "model" / "tokenizer.json"
+    return _SavedTokenizer(file) if file.is_file() else None
