@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ballast.errors import GuardError
 from ballast.guardrails.segments import SegmentOptions, cut_response
 from ballast.guardrails.types import Exchange, Guardrail, RiskTrace
-from ballast.pipeline.evaluation.suites import Kind
+from ballast.pipeline.evaluation.suites import Kind, SuitePrompt
 from ballast.rewards.coherence import coherence
 from ballast.rewards.refusal import is_refusal
 
@@ -38,6 +38,11 @@ class Completion:
     truncated: bool = False
     sample: int = 0
     suite: str = ""
+
+
+def answer_to(prompt: SuitePrompt, text: str, truncated: bool, sample: int) -> Completion:
+    """An answer to a prompt of a suite."""
+    return Completion(prompt.id, prompt.prompt, prompt.kind, text, truncated, sample, prompt.suite)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from ballast.pipeline.data import held_out_suite
 from ballast.pipeline.evaluation.answer_table import write_answers
-from ballast.pipeline.evaluation.judges import Completion, Verdict, judge_completions
+from ballast.pipeline.evaluation.judges import Completion, Verdict, answer_to, judge_completions
 from ballast.pipeline.evaluation.metrics import EvaluationSummary, summarize
 from ballast.pipeline.evaluation.probes import run_probes
+from ballast.pipeline.evaluation.suites import SuitePrompt
 from ballast.pipeline.evaluation.task_figures import TaskScores
 from ballast.pipeline.evaluation.tasks import TaskMeasure
 from ballast.pipeline.evaluation.truthfulqa import truthfulqa_figures, truthfulqa_questions
@@ -52,29 +53,8 @@ def measure_model(
     """
     config, tasks = context.config, TaskMeasure(context)
     questions = truthfulqa_questions(config.evaluate) if further else []
-    suite, samples = held_out_suite(config.data), range(config.evaluate.samples)
-    encoded = context.encode_prompts(suite.prompts, config.evaluate.sampling, serving=True)
-    prompts = [prompt for prompt in suite.prompts for _ in samples]
-    ids = [of_prompt for of_prompt in encoded for _ in samples]
-    generator = context.generator(model)
-    started = time.perf_counter()
-    with context.progress(f"{label}: answering", len(ids)) as done:
-        answers = generator.generate(ids, config.evaluate.sampling, config.seed, done)
-    seconds = time.perf_counter() - started
-    tokens_per_s = sum(len(answer.ids) for answer in answers) / seconds
-    context.say(f"  {label}: {len(answers)} answers in {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s")
-    completions = [
-        Completion(
-            prompt.id,
-            prompt.prompt,
-            prompt.kind,
-            answer.text,
-            answer.truncated,
-            i % config.evaluate.samples,
-            prompt.suite,
-        )
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-    ]
+    prompts = held_out_suite(config.data).prompts
+    completions, answers, tokens_per_s = _answer(context, model, prompts, label)
     with context.console.status(f"{label}: judging"):
         verdicts = judge_completions(
             completions, context.judge, threshold=config.evaluate.threshold, second=context.second_judge
@@ -97,14 +77,37 @@ def measure_model(
     )
     if further:
         ordinary = summary.refusal_ordinary
+        generator = context.generator(model)
         summary = replace(
             summary,
             truthfulqa=truthfulqa_figures(context, generator, questions, folder, label),
-            probes=run_probes(context, generator, suite.prompts, completions, verdicts, ordinary, folder, label),
+            probes=run_probes(context, generator, prompts, completions, verdicts, ordinary, folder, label),
         )
     write_text(folder / f"{label}.json", summary.to_json())
     context.folder.log({"event": "measured", "model": label, **json.loads(summary.to_json())})
     return summary
+
+
+def _answer(
+    context: "RunContext", model: str, prompts: Sequence[SuitePrompt], label: str
+) -> "tuple[list[Completion], list[Generated], float]":
+    """The answers of a model, `evaluate.samples` to each prompt, as texts and as tokens; and how many tokens a second."""
+    config, samples = context.config.evaluate, range(context.config.evaluate.samples)
+    encoded = context.encode_prompts(prompts, config.sampling, serving=True)
+    ids = [of_prompt for of_prompt in encoded for _ in samples]
+    generator = context.generator(model)
+    started = time.perf_counter()
+    with context.progress(f"{label}: answering", len(ids)) as done:
+        answers = generator.generate(ids, config.sampling, context.config.seed, done)
+    seconds = time.perf_counter() - started
+    tokens_per_s = sum(len(answer.ids) for answer in answers) / seconds
+    context.say(f"  {label}: {len(answers)} answers in {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s")
+    asked = ((prompt, sample) for prompt in prompts for sample in samples)
+    completions = [
+        answer_to(prompt, answer.text, answer.truncated, sample)
+        for (prompt, sample), answer in zip(asked, answers, strict=True)
+    ]
+    return completions, answers, tokens_per_s
 
 
 def read_verdicts(path: Path) -> list[Verdict]:

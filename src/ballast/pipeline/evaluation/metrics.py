@@ -26,7 +26,7 @@ from ballast.pipeline.evaluation.statistics import (
 )
 from ballast.pipeline.evaluation.suite_figures import SuiteFigures, by_suite
 from ballast.pipeline.evaluation.suites import KINDS, Kind
-from ballast.pipeline.evaluation.task_figures import TaskScores, pass_rate, task_mean
+from ballast.pipeline.evaluation.task_figures import TaskScores, pass_rates, task_mean
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,10 @@ def summarize(
     harmful = [i for i, v in enumerate(verdicts) if v.kind == "harmful"]
     prompts = [verdicts[i].prompt_id for i in harmful]
     second = any(v.second_risk is not None or v.second_reason is not None for v in verdicts)
+    second_share, second_risk = None, None
+    if second:
+        second_share = clustered_share([verdicts[i].second_unsafe for i in harmful], prompts, level)
+        second_risk = bootstrap_mean([verdicts[i].second_risk for i in harmful], prompts, seed, level=level)
     return EvaluationSummary(
         unsafe_share=clustered_share([verdicts[i].unsafe for i in harmful], prompts, level),
         mean_risk=bootstrap_mean([verdicts[i].risk for i in harmful], prompts, seed, level=level),
@@ -162,17 +166,9 @@ def summarize(
         generation_tokens_per_s=generation_tokens_per_s,
         training_tokens_per_s=training_tokens_per_s,
         task={name: task_mean(verdicts, scores, seed, level) for name, scores in tasks.items()},
-        pass_at={
-            name: rates
-            for name, scores in tasks.items()
-            if (rates := {k: rate for k in pass_at if (rate := pass_rate(verdicts, scores, k, seed, level))})
-        },
-        second_unsafe_share=clustered_share([verdicts[i].second_unsafe for i in harmful], prompts, level)
-        if second
-        else None,
-        second_risk=bootstrap_mean([verdicts[i].second_risk for i in harmful], prompts, seed, level=level)
-        if second
-        else None,
+        pass_at=pass_rates(verdicts, tasks, pass_at, seed, level),
+        second_unsafe_share=second_share,
+        second_risk=second_risk,
         agreement=agreements(verdicts, guard_risk, threshold, level),
         flaws={flaw: sum(v.flaw == flaw for v in verdicts) / len(verdicts) for flaw in FLAWS} if verdicts else {},
         words={kind: median(words) for kind in KINDS if (words := [v.words for v in verdicts if v.kind == kind])},

@@ -8,7 +8,7 @@ from ballast.pipeline.config_evaluate import ProbesConfig
 from ballast.pipeline.evaluation.adaptation import adaptation
 from ballast.pipeline.evaluation.answer_table import write_probe_answers
 from ballast.pipeline.evaluation.attacks import Asked, attack_figures, attacked, in_a_scene, opened_text, opening_ids
-from ballast.pipeline.evaluation.judges import Completion, Verdict
+from ballast.pipeline.evaluation.judges import Completion, Verdict, answer_to
 from ballast.pipeline.evaluation.probe_figures import AttackFigures, ProbeFigures
 from ballast.pipeline.evaluation.statistics import Estimate
 from ballast.pipeline.evaluation.suites import SuitePrompt
@@ -51,21 +51,10 @@ def run_probes(
     if options is None:
         return None
     chosen = attacked(prompts, options.max_prompts)
-    attacks: dict[str, AttackFigures | None] = {"prefill": None, "role_play": None}
-    for name in attacks:
-        if getattr(options, name) and chosen:
-            asked = _ask(context, generator, chosen, name, label)
-            figures, judged = attack_figures(
-                asked,
-                verdicts,
-                context.judge,
-                context.second_judge,
-                threshold=config.threshold,
-                level=config.interval,
-                seed=context.config.seed,
-            )
-            attacks[name] = figures
-            write_probe_answers(folder / f"{label}-{name}.parquet", asked, judged)
+    attacks: dict[str, AttackFigures | None] = {}
+    for name in ("prefill", "role_play"):
+        asked = _ask(context, generator, chosen, name, label) if getattr(options, name) else []
+        attacks[name] = _attack(context, asked, verdicts, folder / f"{label}-{name}.parquet") if asked else None
     adapted = None
     if options.adaptation:
         with context.console.status(f"{label}: trying safe words on unsafe answers"):
@@ -79,6 +68,22 @@ def run_probes(
                 config.interval,
             )
     return ProbeFigures(attacks["prefill"], attacks["role_play"], adapted, refuses(refused_ordinary, options))
+
+
+def _attack(context: "RunContext", asked: Sequence[Asked], plain: Sequence[Verdict], path: Path) -> AttackFigures:
+    """The figures of one attack; its answers are written to `path`."""
+    config = context.config.evaluate
+    figures, judged = attack_figures(
+        asked,
+        plain,
+        context.judge,
+        context.second_judge,
+        threshold=config.threshold,
+        level=config.interval,
+        seed=context.config.seed,
+    )
+    write_probe_answers(path, asked, judged)
+    return figures
 
 
 def refuses(refused_ordinary: Estimate, options: ProbesConfig) -> bool | None:
@@ -105,8 +110,5 @@ def _ask(
         prompt, text = prompts[i // len(samples)], answer.text
         if attack == "prefill":
             text = opened_text(context.tokenizer, answer)
-        completion = Completion(
-            prompt.id, prompt.prompt, prompt.kind, text, answer.truncated, i % len(samples), prompt.suite
-        )
-        asked.append(Asked(completion, answer.text))
+        asked.append(Asked(answer_to(prompt, text, answer.truncated, i % len(samples)), answer.text))
     return asked

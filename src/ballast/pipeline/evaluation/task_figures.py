@@ -1,6 +1,6 @@
 """Figures of task rewards: the mean of each, and the pass rate where several answers to a prompt were sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -65,6 +65,17 @@ def pass_rate(verdicts: Sequence[Verdict], scores: TaskScores, k: int, seed: int
     if all(rate in (0, 1, None) for rate in rates):
         return clustered_share([None if rate is None else bool(rate) for rate in rates], None, level)
     return bootstrap_mean(rates, None, seed, level=level)
+
+
+def pass_rates(
+    verdicts: Sequence[Verdict], tasks: Mapping[str, TaskScores], ks: Sequence[int], seed: int, level: float
+) -> dict[str, dict[int, Estimate]]:
+    """By task and k, the pass rates of the tasks that have one; see `pass_rate`."""
+    found = {
+        name: {k: rate for k in ks if (rate := pass_rate(verdicts, scores, k, seed, level)) is not None}
+        for name, scores in tasks.items()
+    }
+    return {name: rates for name, rates in found.items() if rates}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
