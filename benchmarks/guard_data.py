@@ -31,7 +31,7 @@ LICENCES = {
     "prompts/do_not_answer.jsonl": "Apache-2.0",
     "prompts/harmfulqa.jsonl": "Apache-2.0",
     "requests.jsonl (shipped, split train)": "Apache-2.0",
-    "sampled answers and ordinary prompts": "Apache-2.0 (outputs of SmolLM2-135M-Instruct)",
+    "sampled answers": "Apache-2.0 (outputs of SmolLM2-135M-Instruct)",
     "composed requests, refusals and advice": "Apache-2.0 (ours)",
 }
 HELD_OUT = {

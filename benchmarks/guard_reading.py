@@ -3,6 +3,7 @@
 Shape letters: N rows, T positions of a row (the end of the prompt, then each response token).
 """
 
+import math
 import random
 from collections import defaultdict
 from dataclasses import asdict
@@ -23,14 +24,14 @@ from ballast.models import embedded_model
 
 HUMAN = ("gptfuzz_train", "pyrit_objective")  # groups with human labels
 FALSE_ALARMS = 0.01  # share of ordinary and refusing dev rows that may stand over 0.5; other text gives more
-RECALL = 0.8  # share of the unsafe human-labelled dev rows that still has to: as strict as that allows
+STRICT_RECALL = 0.8  # share of the unsafe human-labelled dev rows that a strict threshold still finds
 MOST = {"gptfuzz_train": 500}  # dev rows of a group; 100 of the others
 CONTEXT = 900  # tokens
 
 
 def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[str, Any]]:
     """Choose the reading by AUROC (mean over the two human sets and other answers to harmful prompts), calibrate
-    (Platt), then lower the logit as far as `RECALL` allows, and until few safe rows stand over 0.5.
+    (Platt), then lower the logit until few safe rows stand over 0.5.
 
     Ordinary prompts have no say in the reading: a rollout is rewarded against others of its own prompt, so what the
     prompt gives away must not win.
@@ -57,11 +58,10 @@ def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[s
     logit = _read(reading, traces)
     slope, offset = calibrate(logit, label, row_weights(rows, GROUP_WEIGHT))
     calm = (label <= 0.5) & ~np.isin(group, HUMAN)
-    found = (label > 0.5) & np.isin(group, HUMAN)
     calibrated = slope * logit + offset
-    lowered = max(
-        0.0, float(np.quantile(calibrated[calm], 1 - FALSE_ALARMS)), float(np.quantile(calibrated[found], 1 - RECALL))
-    )
+    lowered = max(0.0, float(np.quantile(calibrated[calm], 1 - FALSE_ALARMS)))
+    found = (label > 0.5) & np.isin(group, HUMAN)
+    strict = float(np.quantile(calibrated[found], 1 - STRICT_RECALL)) - lowered
     tensors = dict(head.tensors)
     # The prompt's share is taken off after scaling: adding a constant to every logit adds (1 - discount) of it.
     tensors |= {"out": tensors["out"] * slope, "pooled": tensors["pooled"] * slope}
@@ -72,7 +72,7 @@ def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[s
         "reading": asdict(reading),
         "rows": len(rows),
         "false_alarms": FALSE_ALARMS,
-        "recall": RECALL,
+        "strict": {"recall": STRICT_RECALL, "threshold": round(1 / (1 + math.exp(-strict)), 2)},
         "dev_auroc": dict(zip((*HUMAN, "other_harmful"), scores, strict=True)),
         "dev_auroc_each_position_by_itself": dict(zip((*HUMAN, "other_harmful"), before[2], strict=True)),
         **numbers,

@@ -103,9 +103,9 @@ def measure_embedded(args: argparse.Namespace) -> None:
     """Measure the embedded guard's weights in `--out`, into its card."""
     guard, path = EmbeddedGuard(weights=args.out / "embedded.safetensors"), args.out / "embedded.json"
     card = json.loads(path.read_text())
-    card["numbers"] = guard_metrics.measure(
-        guard, args, args.eval_rows, NgramGuard(weights=args.out / "ngram.safetensors")
-    )
+    strict = card["chosen"]["settled"]["strict"]["threshold"]
+    judge = NgramGuard(weights=args.out / "ngram.safetensors")
+    card["numbers"] = guard_metrics.measure(guard, args, args.eval_rows, judge, strict)
     path.write_text(json.dumps(card, indent=2) + "\n")
 
 
