@@ -144,15 +144,13 @@ def test_retry_after_is_obeyed_by_every_request_and_bounded():
     assert 0.99 < arrived[1] - arrived[0] < 10
 
 
-def test_a_server_that_is_down_leaves_500_rows_unscored_within_seconds():
+def test_a_server_that_is_down_leaves_500_rows_unscored_without_waiting_for_each():
     with serving(sound) as server:
         url = server.url
-    started = time.monotonic()
     guard = engine(url, retries=3, backoff_s=0.1)
     [verdicts] = guard.score([[[1, n] for n in range(500)]])
-    # 4 rows at once wait 0.1 + 0.2 + 0.4 s each, two rounds of them, then 492 rows are tried once each. With every
-    # attempt of every row it would be 2000 requests and 500 / 4 * 0.7 = 87 s at the least, half of it by luck.
-    assert time.monotonic() - started < 40
+    # 4 rows at once wait 0.1 + 0.2 + 0.4 s each, two rounds of them, then 492 rows are tried once each: 8 * 4 + 492
+    # requests. With every attempt of every row it would be 2000, and 500 / 4 * 0.7 = 87 s of waiting.
     assert guard.servers()[0].requests < 700
     assert all(v.risk is None for v in verdicts)
     assert "cannot be reached" in verdicts[-1].reason
