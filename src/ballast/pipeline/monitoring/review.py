@@ -27,18 +27,21 @@ class SeenRows:
         self.collator = collator
         self.tokenizer = tokenizer
         self._rows: dict[str, Mapping[str, Any]] = {}
+        self._latest: dict[str, Mapping[str, Any]] = {}
 
     def __call__(self, features: Any) -> Any:
         """Collate."""
-        for row in features:
-            kept = {key: row[key] for key in ("prompt_id", "prompt", "kind", "input_ids") if key in row}
-            # A group's completions share their row.
-            self._rows.setdefault(repr(sorted(kept.items())), kept)
+        rows = [
+            {key: row[key] for key in ("prompt_id", "prompt", "kind", "input_ids") if key in row} for row in features
+        ]
+        # A group's completions share their row.
+        self._latest = {repr(sorted(row.items())): row for row in rows}
+        self._rows |= self._latest
         return self.collator(features)
 
     def forget(self) -> None:
-        """Begin anew: the present point is a good one."""
-        self._rows.clear()
+        """Begin anew: the present point is a good one. The batch that was fetched ahead is trained on after it."""
+        self._rows = dict(self._latest)
 
     def write(self, path: Path) -> int:
         """A line of JSON a row, of all processes that train together; gives how many."""
