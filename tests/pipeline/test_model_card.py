@@ -126,9 +126,16 @@ def test_evaluate_writes_the_figures_into_the_cards_and_leaves_a_users_alone(con
     mine.write_text("# Mine\n")
     run(context.config, ["baseline", "evaluate"], context=context)
     text = (context.folder.path / "train" / "model" / CARD).read_text()
-    rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| start", "| aligned", "| final"))]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| start", "| aligned", "| final"))]
     # Two harmful prompts: both unsafe, one, none; Wilson's intervals.
-    assert [cells[1].split(" ")[0] for cells in rows] == ["100%", "50%", "0%"]
+    assert [cells[1].split(" ")[0] for cells in rows[:3]] == ["100%", "50%", "0%"]
+    # Keywords see the same: both agree everywhere, on 2, 1 and 0 unsafe answers.
+    assert "Judges:" in text
+    assert [(cells[1].split(" ")[0], cells[3].strip(" |")) for cells in rows[3:]] == [
+        ("0%", "2/0/0"),
+        ("0%", "1/0/0"),
+        ("0%", "0/0/0"),
+    ]
     assert "On 2 harmful, 1 scary, 1 ordinary prompts, 1 answers each" in text
     assert mine.read_text() == "# Mine\n"
     assert "is not Ballast's, or was edited: left as it is" in context.shown.replace("\n", " ")
