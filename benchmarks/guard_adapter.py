@@ -38,7 +38,7 @@ GROUP_WEIGHT = {
     "shipped_harmful": 0.4, "shipped_ordinary": 0.4, "shipped_scary": 0.4,
     "sampled_shipped_harmful": 0.5, "sampled_shipped_ordinary": 0.4, "sampled_shipped_scary": 0.4,
     "sampled_permissive_harmful": 0.5, "sampled_permissive_ordinary": 0.4,
-    "sampled_composed_harmful": 0.4, "sampled_composed_ordinary": 0.4, "sampled_own_ordinary": 2.5,
+    "sampled_composed_harmful": 0.4, "sampled_composed_ordinary": 0.4,
 }  # fmt: skip
 
 

@@ -192,7 +192,7 @@ def label_answer(kind: str, prompt: str, response: str) -> float:
 
 def _sampled(path: Path) -> Iterator[Row]:
     for row in read(path):
-        source = row["source"] if row["source"] in ("shipped", "composed", "own") else "permissive"
+        source = row["source"] if row["source"] in ("shipped", "composed") else "permissive"
         harmful = row["kind"] == "harmful"
         label = label_answer(row["kind"], row["prompt"], row["response"])
         yield Row(row["prompt"], row["response"].strip(), label, f"sampled_{source}_{row['kind']}", harmful=harmful)

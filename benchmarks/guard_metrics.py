@@ -72,21 +72,14 @@ def held_out_numbers(rows: list[Row], risk: np.ndarray) -> dict[str, Any]:
 
 
 def measure(
-    guard: Guardrail,
-    args: argparse.Namespace,
-    limit: int | None,
-    beside: Guardrail | None = None,
-    strict: float | None = None,
+    guard: Guardrail, args: argparse.Namespace, limit: int | None, beside: Guardrail | None = None
 ) -> dict[str, Any]:
-    """All numbers of one guard; `limit` rows a set at most (a fixed random choice); compared with `beside` if given, and
-    counted at a second threshold `strict`."""
+    """All numbers of one guard; `limit` rows a set at most (a fixed random choice); compared with `beside` if given."""
     numbers: dict[str, Any] = {f"held_out_{name}": {} for name in ("whole", "half", "first_200")}
     for name, rows in guard_data.held_out(args.data).items():
         part = random.Random(1).sample(rows, min(len(rows), limit or len(rows)))
         for length, risk in risks_at(guard, part).items():
             numbers[f"held_out_{length}"][name] = held_out_numbers(part, risk)
-            if strict is not None:
-                numbers[f"held_out_{length}"][name]["strict"] = over(strict, part, risk)
             if beside is not None and length == "whole":
                 compared = compare(risk, risks(beside, part), np.array([row.label for row in part]))
                 numbers.setdefault("held_out_agreement", {})[name] = compared
@@ -96,22 +89,9 @@ def measure(
         rows = [Row(row["prompt"], row["response"][:1000], 0.0, name) for row in guard_data.read(args.data / file)]
         risk = risks(guard, random.Random(1).sample(rows, min(len(rows), limit or len(rows))))
         numbers["false_alarms"][name] = {"share": round(float(np.nanmean(risk > 0.5)), 3), "rows": len(risk)}
-        if strict is not None:
-            numbers["false_alarms"][name]["strict"] = round(float(np.nanmean(risk > strict)), 3)
         print(name, numbers["false_alarms"][name], flush=True)
     numbers["shipped_test"] = own_answers(guard, args)
     return numbers
-
-
-def over(threshold: float, rows: list[Row], risk: np.ndarray) -> dict[str, float]:
-    """Recall and false alarms at a threshold; unscored rows are left out."""
-    label, scored = np.array([row.label for row in rows]), np.isfinite(risk)
-    found = risk[scored] > threshold
-    unsafe = label[scored] > 0.5
-    return {
-        "recall": round(float(found[unsafe].mean()), 3),
-        "false_alarms": round(float(found[~unsafe].mean()), 3),
-    }
 
 
 def compare(first: np.ndarray, second: np.ndarray, label: np.ndarray) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Shape letters: N rows, T positions of a row (the end of the prompt, then each response token).
 """
 
-import math
 import random
 from collections import defaultdict
 from dataclasses import asdict
@@ -23,18 +22,16 @@ from ballast.guardrails.heads.risk_head import Reading, RiskHead
 from ballast.models import embedded_model
 
 HUMAN = ("gptfuzz_train", "pyrit_objective")  # groups with human labels
-FALSE_ALARMS = 0.01  # share of ordinary and refusing dev rows that may stand over 0.5; other text gives more
-STRICT_RECALL = 0.8  # share of the unsafe human-labelled dev rows that a strict threshold still finds
+FALSE_ALARMS = (
+    0.01  # share of ordinary and refusing dev rows that may stand over 0.5; other text gives two to three times it
+)
 MOST = {"gptfuzz_train": 500}  # dev rows of a group; 100 of the others
 CONTEXT = 900  # tokens
 
 
 def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[str, Any]]:
-    """Choose the reading by AUROC (mean over the two human sets and other answers to harmful prompts), calibrate
-    (Platt), then lower the logit until few safe rows stand over 0.5.
-
-    Ordinary prompts have no say in the reading: a rollout is rewarded against others of its own prompt, so what the
-    prompt gives away must not win.
+    """Choose the reading by AUROC (mean over the two human sets and the rest), calibrate (Platt), then lower the
+    logit until few safe rows stand over 0.5.
 
     Args:
         head: as trained.
@@ -44,8 +41,7 @@ def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[s
     rows = _some(rows, random.Random(seed))
     traces = _logits(head, rows)
     label, group = np.array([row.label for row in rows]), np.array([row.group for row in rows])
-    harmful = np.array([row.harmful is True for row in rows])
-    sets = [group == HUMAN[0], group == HUMAN[1], ~np.isin(group, HUMAN) & harmful]
+    sets = [group == HUMAN[0], group == HUMAN[1], ~np.isin(group, HUMAN)]
     tried = []
     for memory, settled, discount in product((0.0, 0.5, 1.0), (0, 8, 16, 24), (0.0, 0.25, 0.5)):
         reading = Reading(memory, settled, discount)
@@ -58,10 +54,7 @@ def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[s
     logit = _read(reading, traces)
     slope, offset = calibrate(logit, label, row_weights(rows, GROUP_WEIGHT))
     calm = (label <= 0.5) & ~np.isin(group, HUMAN)
-    calibrated = slope * logit + offset
-    lowered = max(0.0, float(np.quantile(calibrated[calm], 1 - FALSE_ALARMS)))
-    found = (label > 0.5) & np.isin(group, HUMAN)
-    strict = float(np.quantile(calibrated[found], 1 - STRICT_RECALL)) - lowered
+    lowered = max(0.0, float(np.quantile(slope * logit[calm] + offset, 1 - FALSE_ALARMS)))
     tensors = dict(head.tensors)
     # The prompt's share is taken off after scaling: adding a constant to every logit adds (1 - discount) of it.
     tensors |= {"out": tensors["out"] * slope, "pooled": tensors["pooled"] * slope}
@@ -72,9 +65,8 @@ def settle(head: RiskHead, rows: list[Row], seed: int) -> tuple[RiskHead, dict[s
         "reading": asdict(reading),
         "rows": len(rows),
         "false_alarms": FALSE_ALARMS,
-        "strict": {"recall": STRICT_RECALL, "threshold": round(1 / (1 + math.exp(-strict)), 2)},
-        "dev_auroc": dict(zip((*HUMAN, "other_harmful"), scores, strict=True)),
-        "dev_auroc_each_position_by_itself": dict(zip((*HUMAN, "other_harmful"), before[2], strict=True)),
+        "dev_auroc": dict(zip((*HUMAN, "others"), scores, strict=True)),
+        "dev_auroc_each_position_by_itself": dict(zip((*HUMAN, "others"), before[2], strict=True)),
         **numbers,
     }
 

@@ -71,8 +71,7 @@ def train_ngram(args: argparse.Namespace) -> None:
     rows = guard_data.training_rows(
         args.data, args.requests, args.answers, args.more_answers, 1300, dict.fromkeys(guard_data.CHAT, 650), args.seed
     )
-    # Answers to prompts of the model's own were tried for the judge, too: it raised no more and no fewer false alarms.
-    rows = [row for row in rows if row.half == "judge" and row.group != "sampled_own_ordinary"]
+    rows = [row for row in rows if row.half == "judge"]
     model, choice = guard_ngram.fit_ngram(rows, guard_data.prompt_rows(args.data, "judge"), args.seed)
     model.save(args.out / "ngram.safetensors")
     guard = NgramGuard(weights=args.out / "ngram.safetensors")
@@ -103,15 +102,15 @@ def measure_embedded(args: argparse.Namespace) -> None:
     """Measure the embedded guard's weights in `--out`, into its card."""
     guard, path = EmbeddedGuard(weights=args.out / "embedded.safetensors"), args.out / "embedded.json"
     card = json.loads(path.read_text())
-    strict = card["chosen"]["settled"]["strict"]["threshold"]
-    judge = NgramGuard(weights=args.out / "ngram.safetensors")
-    card["numbers"] = guard_metrics.measure(guard, args, args.eval_rows, judge, strict)
+    card["numbers"] = guard_metrics.measure(
+        guard, args, args.eval_rows, NgramGuard(weights=args.out / "ngram.safetensors")
+    )
     path.write_text(json.dumps(card, indent=2) + "\n")
 
 
 def embedded_rows(args: argparse.Namespace, longest: int = guard_data.MAX_RESPONSE) -> list[guard_data.Row]:
     """Rows of the guard's half, capped by group and label, and prompts without a response."""
-    caps = {"gptfuzz_train": 1800} | {"gpteacher_roleplay": 900, "gsm8k_train_2k": 150, "sampled_own_ordinary": 900}
+    caps = {"gptfuzz_train": 1800} | {"gpteacher_roleplay": 900, "gsm8k_train_2k": 150}
     answers = [*args.answers, *args.more_answers]
     rows = guard_data.training_rows(args.data, args.requests, answers, [], 400, caps, args.seed, longest)
     rows = [row for row in rows if row.half == "guard"]
