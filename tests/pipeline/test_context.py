@@ -28,7 +28,7 @@ def built(tmp_path):
 def test_the_revision_is_resolved_once_and_every_part_reads_that_folder(built, monkeypatch):
     asked, loaded = [], []
     monkeypatch.setattr(module, "resolve_model", lambda *name: asked.append(name) or "snapshots/abc")
-    monkeypatch.setattr(module, "VLLMEngine", lambda model, *options: loaded.append(model))
+    monkeypatch.setattr(module, "VLLMEngine", lambda model, *options, **launched: loaded.append(model))
     context = built("model.name=owner/name", "model.revision=v1.0", "align.enabled=false")
     _ = context.engine
     assert context.start_model == context.reference_model == "snapshots/abc"
