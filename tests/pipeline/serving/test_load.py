@@ -121,6 +121,7 @@ def test_two_minutes_of_sixteen_clients(embedded_folder, tokenizer, tmp_path):
         below = [pid for pid, _ in descendants(process.pid)]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+        time.sleep(2)  # a killed process is gone once its parent, or init in its place, has seen it end
     segments, ends = audited(audit)
     stayed = [answer for answer in answers if not answer.left]
     first = sorted(answer.first_s for answer in stayed)
