@@ -130,7 +130,7 @@ def test_two_minutes_of_sixteen_clients(embedded_folder, tokenizer, tmp_path):
         f"{sum(a.finish == 'content_filter' for a in stayed)} blocked; median time to the first segment {first[len(first) // 2]:.2f} s; "
         f"gateway {memory['middle']:.0f} MB after a minute, {memory['end']:.0f} MB at the end"
     )
-    assert len(stayed) > 4 * CLIENTS
+    assert len(stayed) > CLIENTS
     assert any(answer.left for answer in answers)
     # No request is lost: each was answered to its end, and recorded once.
     assert all(answer.done and answer.finish in ("stop", "length", "content_filter") for answer in stayed)
