@@ -20,17 +20,13 @@ the same command goes on where it was interrupted. `--fast` shows in minutes tha
 
 import json
 import random
-import sys
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from demo_seeds import hardware
 from learn_task import Answer, changes, figures, read_answers
-from runs import Runs, arms_parser
-
-from ballast.pipeline.run_folder import versions
+from runs import FAST_SFT, Runs, arms_parser, write_record
 
 CONFIG = "demo"
 MONITORED = ("monitor.enabled=true", "monitor.every_n_steps=5", "monitor.samples=3")
@@ -48,19 +44,7 @@ TRAINING = (
     "sft.batch_size=8",
     "sft.max_length=192",
 )
-FAST = (
-    "generation.type=transformers",
-    "data.max_test=8",
-    "align.max_rows=4",
-    "align.rehearse=false",
-    "sft.max_rows=8",
-    "sft.batch_size=2",
-    "sft.epochs=0.5",
-    "evaluate.samples=1",
-    "evaluate.sampling.max_new_tokens=4",
-    "monitor.max_harmful=4",
-    "monitor.max_harmless=2",
-)
+FAST = (*FAST_SFT, "data.max_test=8", "sft.batch_size=2", "monitor.max_harmful=4", "monitor.max_harmless=2")
 FAST_MONITORED = ("monitor.samples=1", "monitor.every_n_steps=1")
 
 SUITE = {"ordinary": 20, "scary": 10}  # besides every second harmful prompt
@@ -97,18 +81,13 @@ def main() -> None:
             after = read_answers(runs.train_and_measure(seed, arm))
             trained = arguments.runs / f"{prefix}-seed{seed}-{arm}" / "train"
             lines.append({"seed": seed, "arm": arm, **compared(before, after), **trips(trained)})
-            record = {
-                "command": " ".join(["python", *sys.argv]),
-                "hardware": hardware(),
-                "versions": versions(),
-                "overrides": list(overrides),
-                "arms": {name: list(arms[name]) for name in arguments.arms},
-                "lines": lines,
-                "stage_seconds": runs.stage_seconds,
-            }
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(record, indent=2) + "\n")
+            write_record(
+                out,
+                overrides=list(overrides),
+                arms={name: list(arms[name]) for name in arguments.arms},
+                lines=lines,
+                stage_seconds=runs.stage_seconds,
+            )
     print_table(lines)
 
 

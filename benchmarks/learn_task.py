@@ -14,18 +14,15 @@ it was interrupted. `--fast` shows in minutes that everything runs; its figures 
 """
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from demo_seeds import hardware
-from runs import Runs, arms_parser
+from runs import Runs, arms_parser, write_record
 
 from ballast.pipeline.config_loading import load_config
 from ballast.pipeline.evaluation.statistics import Estimate, bootstrap_mean, clustered_share, paired_difference
-from ballast.pipeline.run_folder import versions
 
 CONFIG = "task"
 _UNSHAPED = ("shaping.drop.weight=0", "shaping.gate.enabled=false")
@@ -76,19 +73,15 @@ def main() -> None:
         before[str(seed)] = read_answers(runs.measure_aligned(seed))
         for arm in arguments.arms:
             after[arm][str(seed)] = read_answers(runs.train_and_measure(seed, arm))
-            record = {
-                "command": " ".join(["python", *sys.argv]),
-                "hardware": hardware(),
-                "versions": versions(),
-                "config": json.loads(load_config(CONFIG, overrides).model_dump_json()),
-                "arms": {name: list(ARMS[name]) for name in arguments.arms},
-                **results(before, after),
-                "stage_seconds": runs.stage_seconds,
-            }
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(record, indent=2) + "\n")
-    print_table(record["together"])
+            found = results(before, after)
+            write_record(
+                out,
+                config=json.loads(load_config(CONFIG, overrides).model_dump_json()),
+                arms={name: list(ARMS[name]) for name in arguments.arms},
+                **found,
+                stage_seconds=runs.stage_seconds,
+            )
+    print_table(found["together"])
 
 
 def read_answers(path: Path) -> list[Answer]:

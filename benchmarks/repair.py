@@ -20,26 +20,13 @@ interrupted. `--fast` shows in minutes that everything runs. No text is printed.
 
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from demo_seeds import hardware
-from runs import Runs, arms_parser
-
-from ballast.pipeline.run_folder import versions
+from runs import ALIGN, FAST_SFT, PLAIN_SFT, Runs, arms_parser, write_record
 
 CONFIG = "demo"
-ALIGN = ("align.harmful_share=0.4", "align.opening_tokens=24", "align.epochs=3", "align.learning_rate=5e-4")
-TRAINING = (
-    "train.method=sft",
-    "sft.loss.type=plain",
-    "sft.epochs=2",
-    "sft.learning_rate=3e-4",
-    "sft.batch_size=8",
-    "sft.max_length=192",
-)
 TASK = (
     {
         "type": "choice", "name": "accuracy", "labels": ["positive", "negative"], "kinds": ["ordinary"],
@@ -51,15 +38,6 @@ METHODS = (
     {"type": "safe-lora", "tau": [0.35]},
     {"type": "resta", "gamma": [0.5, 1.0]},
     {"type": "nlsr", "share": [0.3, 0.6, 1.0], "rank": 16, "max_rows": 64},
-)
-FAST = (
-    "generation.type=transformers",
-    "data.max_test=8",
-    "align.max_rows=4",
-    "align.rehearse=false",
-    "sft.max_rows=8",
-    "sft.epochs=0.5",
-    "evaluate.sampling.max_new_tokens=4",
 )
 FAST_METHODS = ({"type": "lox", "rank": 6, "alpha": [1.0]}, {"type": "nlsr", "share": [1.0], "rank": 16, "max_rows": 2})
 ARMS = ("harmful", "benign")
@@ -86,8 +64,8 @@ def main() -> None:
         "evaluate.samples=1",
         f"rewards.task={json.dumps(TASK)}",
         *ALIGN,
-        *TRAINING,
-        *(FAST if arguments.fast else ()),
+        *PLAIN_SFT,
+        *(FAST_SFT if arguments.fast else ()),
         *arguments.overrides,
     )
     arms = {arm: (f"sft.data={json.dumps([str(tests.parent / f'{arm}.jsonl')])}",) for arm in ARMS}
@@ -98,18 +76,7 @@ def main() -> None:
         for arm in arguments.arms:
             runs.train_and_measure(seed, arm)
             lines.append({"seed": seed, "arm": arm, **repaired(runs, seed, arm, methods)})
-            record = {
-                "command": " ".join(["python", *sys.argv]),
-                "hardware": hardware(),
-                "versions": versions(),
-                "overrides": [*common[1:]],
-                "methods": methods,
-                "lines": lines,
-                "stage_seconds": runs.stage_seconds,
-            }
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(record, indent=2) + "\n")
+            write_record(out, overrides=[*common[1:]], methods=methods, lines=lines, stage_seconds=runs.stage_seconds)
     print(table(lines))
 
 

@@ -21,21 +21,17 @@ task. A finished cell is not done again, so the same command goes on where it wa
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from demo_seeds import hardware
-from repair import ALIGN
 from retention_grid import GRIDS, METHODS, REPAIRS, TASKS, Cell, Grid, test_rows, training_rows, write
 from retention_table import table
-from runs import Runs
+from runs import ALIGN, Runs, write_record
 
 from ballast.pipeline.evaluation.statistics import Estimate, bootstrap_mean, clustered_share
-from ballast.pipeline.run_folder import versions
 
 CONFIG = "demo"
 COMMON = (
@@ -82,10 +78,8 @@ def main() -> None:
         if cell.task not in record["aligned"]:
             record["aligned"][cell.task] = bench.aligned(cell.task)
         record["cells"][cell.name] = {**asdict(cell), **bench.run(cell)}
-        record |= {"command": " ".join(["python", *sys.argv]), "hardware": hardware(), "versions": versions()}
         record["grid"] = {key: value for key, value in asdict(grid).items() if key != "cells"}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(out, **{key: record[key] for key in ("grid", "aligned", "cells")})
         left = (time.perf_counter() - began) / (number + 1) * (len(todo) - number - 1)
         print(f"{cell.name}: done; {len(todo) - number - 1} cells to go, about {left / 60:.0f} min", flush=True)
     print(table(record))

@@ -14,6 +14,41 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from demo_seeds import hardware
+
+from ballast.pipeline.run_folder import versions
+
+# An alignment after which most harmful requests should be declined, for experiments that then break it.
+ALIGN = ("align.harmful_share=0.4", "align.opening_tokens=24", "align.epochs=3", "align.learning_rate=5e-4")
+# Plain fine-tuning of the aligned model.
+PLAIN_SFT = (
+    "train.method=sft",
+    "sft.loss.type=plain",
+    "sft.epochs=2",
+    "sft.learning_rate=3e-4",
+    "sft.batch_size=8",
+    "sft.max_length=192",
+)
+# For `--fast`: every stage runs, and no figure says anything.
+FAST_SFT = (
+    "generation.type=transformers",
+    "align.max_rows=4",
+    "align.rehearse=false",
+    "sft.max_rows=8",
+    "sft.epochs=0.5",
+    "evaluate.samples=1",
+    "evaluate.sampling.max_new_tokens=4",
+)
+
+
+def write_record(out: Path | None, **parts: Any) -> None:
+    """Write what an experiment found so far, with its command, hardware and versions; None writes nothing."""
+    if out is None:
+        return
+    record = {"command": " ".join(["python", *sys.argv]), "hardware": hardware(), "versions": versions(), **parts}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n")
+
 
 def arms_parser(description: str | None, arms: Iterable[str]) -> argparse.ArgumentParser:
     """What the experiments with several arms are asked for: seeds, arms, where to write, overrides."""

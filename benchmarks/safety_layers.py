@@ -16,38 +16,20 @@ everything runs; its figures say nothing.
 
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from degradation import FIGURES, write_rows
-from demo_seeds import hardware
 from learn_task import Answer, changes, figures, read_answers
-from repair import ALIGN
-from runs import Runs, arms_parser
+from runs import ALIGN, FAST_SFT, PLAIN_SFT, Runs, arms_parser, write_record
 
 from ballast.pipeline.config_safety_layers import preset_layers
-from ballast.pipeline.run_folder import versions
 
 CONFIG = "demo"
-TRAINING = (
-    "train.method=sft",
-    "sft.loss.type=plain",
-    "sft.epochs=2",
-    "sft.learning_rate=3e-4",
-    "sft.batch_size=8",
-    "sft.max_length=192",
-)
 FAST = (
-    "generation.type=transformers",
+    *FAST_SFT,
     "data.max_test=8",
-    "align.max_rows=4",
-    "align.rehearse=false",
-    "sft.max_rows=8",
-    "sft.epochs=0.5",
-    "evaluate.samples=1",
-    "evaluate.sampling.max_new_tokens=4",
     "localize.prompts=8",
     "localize.pairs=20",
     "localize.replicates=20",
@@ -68,7 +50,7 @@ def main() -> None:
     out = arguments.out or (None if arguments.fast else Path("benchmarks/results/safety_layers.json"))
     prefix = "layers-fast" if arguments.fast else "layers"
     sources = write_rows(arguments.runs / f"{prefix}-rows", arguments.poison)
-    overrides = (*sources, *ALIGN, *TRAINING, *(FAST if arguments.fast else ()), *arguments.overrides)
+    overrides = (*sources, *ALIGN, *PLAIN_SFT, *(FAST if arguments.fast else ()), *arguments.overrides)
     seeds: dict[str, Any] = {}
     for seed in arguments.seeds:
         runs = Runs(arguments.runs, prefix, overrides, CONFIG, {"none": ()})
@@ -83,16 +65,7 @@ def main() -> None:
             **compared(before, after),
             "stage_seconds": runs.stage_seconds,
         }
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": hardware(),
-            "versions": versions(),
-            "overrides": list(overrides[len(sources) :]),
-            "seeds": seeds,
-        }
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(out, overrides=list(overrides[len(sources) :]), seeds=seeds)
     print(table(seeds))
 
 
